@@ -1,0 +1,64 @@
+"""The life of one request as the coordinator sees it.
+
+    QUEUED ──> PREFILLING ──> HANDING_OFF ──> DECODING ──> FINISHED
+      │            │               │              │            ^
+      └────────────┴───────────────┴──────────────┴────────────┘   (abort, error, or done early)
+
+A failed attempt goes back to QUEUED with a new `handoff_id`; messages of the old attempt are
+recognised by it and dropped. FINISHED is left by nobody.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class WorkerRole(str, Enum):
+    """Which phase a worker serves."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class RequestState(Enum):
+    QUEUED = "queued"
+    """Accepted; waits for a prefill worker and room on a decode worker."""
+    PREFILLING = "prefilling"
+    """A prefill worker computes the prompt's KV; blocks are reserved on the decode worker."""
+    HANDING_OFF = "handing_off"
+    """The decode worker has been told to fetch the KV; no token of it has arrived yet."""
+    DECODING = "decoding"
+    """The decode worker has produced at least one token."""
+    FINISHED = "finished"
+    """The client has heard the outcome."""
+
+
+LEGAL_MOVES: dict[RequestState, frozenset[RequestState]] = {
+    RequestState.QUEUED: frozenset({RequestState.PREFILLING, RequestState.FINISHED}),
+    RequestState.PREFILLING: frozenset(
+        {RequestState.HANDING_OFF, RequestState.QUEUED, RequestState.FINISHED}
+    ),
+    RequestState.HANDING_OFF: frozenset(
+        {RequestState.DECODING, RequestState.QUEUED, RequestState.FINISHED}
+    ),
+    RequestState.DECODING: frozenset({RequestState.FINISHED}),
+    RequestState.FINISHED: frozenset(),
+}
+
+
+class Outcome(str, Enum):
+    """How a request ended; also the metric label. Every accepted request gets exactly one."""
+
+    COMPLETED = "completed"
+    ABORTED = "aborted"
+    EXPIRED = "expired"
+    FAILED = "failed"
+
+
+class IllegalMove(Exception):
+    """The code tried a state change that LEGAL_MOVES does not list: a bug of ours, never input."""
+
+
+def check_move(old: RequestState, new: RequestState) -> None:
+    if new not in LEGAL_MOVES[old]:
+        raise IllegalMove(f"{old.value} -> {new.value}")

@@ -1,0 +1,317 @@
+"""Every message that crosses a process, grouped by direction. One frozen struct each.
+
+Workers talk to the coordinator over one ZeroMQ connection (DEALER to ROUTER); clients over a
+second one. A message is one frame holding one MessagePack map with a `type` key. A worker's
+messages need no worker id: after registration the connection is the identity.
+
+Keys: `request_id` names a client's job for its whole life, `handoff_id` one attempt to serve it.
+Worker legs are keyed by `handoff_id`, so that a late message of an abandoned attempt is
+recognised and dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from baton.contract.errors import ErrorReport
+from baton.contract.lifecycle import Outcome, WorkerRole
+from baton.contract.sampling import SamplingSpec
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
+    """Base of all messages; the `type` key is the class name."""
+
+
+# ── what both directions carry ────────────────────────────────────────────────────────────────
+
+
+class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """All that must agree before KV blocks of one worker mean anything to another."""
+
+    model: str
+    """The model path or name exactly as both engines were given it: vLLM compares the string."""
+    engine: str
+    """Engine and version, for example `vllm 0.32.0`."""
+    transfer: str
+    """Transfer and version, for example `nixl 1.5.1`."""
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size_tokens: int
+
+
+class WorkerCapacity(msgspec.Struct, frozen=True, kw_only=True):
+    num_blocks: int
+    """KV blocks the engine can hand out."""
+    max_batch_size: int
+    max_model_len: int
+    """Longest prompt + output in tokens."""
+    kv_bytes_per_block: int
+    """Over all layers and all tensor-parallel ranks."""
+
+
+class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """The engine's own counters after its latest step."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    num_prefill_tokens_done: int = 0
+    """Uncached prompt tokens computed since the worker started (a running total)."""
+    num_kv_bytes_received: int = 0
+    """KV bytes pulled from other workers since the worker started (a running total)."""
+    num_kv_transfers: int = 0
+    num_kv_transfer_failures: int = 0
+    num_preemptions: int = 0
+
+
+class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    logprob: float
+    rank: int | None
+    decoded: str | None
+
+
+TokenLogprobs = list[TopLogprob]
+"""Alternatives for one position; the first entry is the token that was sampled."""
+
+
+class SequenceDelta(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one leg in one engine step."""
+
+    handoff_id: str
+    token_ids: list[int]
+    text: str
+    """Text that became final with these tokens; may be empty while a character is incomplete."""
+    finish_reason: str | None = None
+    """`stop`, `length`; None while the sequence goes on. Aborts and errors travel as LegFailed."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that matched; None for the model's own end token."""
+    logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int | None = None
+    """Prompt tokens the engine had in its own prefix cache; sent with the leg's last delta."""
+
+
+class KvSource(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a prompt's finished KV lies and for how long."""
+
+    lease_s: float
+    """Time left until the source may free the blocks, counted from when this message was sent.
+    Whoever forwards it subtracts the time it kept it. Never a clock reading: clocks differ."""
+    num_tokens: int
+    """Prompt tokens whose KV is held."""
+    num_bytes: int
+    """Bytes of the held blocks; what the decode worker must receive if it has none of them."""
+    transfer_params: dict[str, Any]
+    """Opaque to everybody but the transfer adapter of the two workers."""
+
+
+# ── worker → coordinator ──────────────────────────────────────────────────────────────────────
+
+
+class RegisterWorker(Message, frozen=True, kw_only=True):
+    protocol_version: int
+    worker_id: str
+    boot_id: str
+    """New for each process; the worker id may be reused after a restart, this never."""
+    role: WorkerRole
+    layout: KvLayout
+    capacity: WorkerCapacity
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    transfer_endpoint: str
+    """host:port of the transfer's side channel; empty for an engine without one."""
+    host: str
+    pid: int
+
+
+class Heartbeat(Message, frozen=True, kw_only=True):
+    load: WorkerLoad
+    num_legs: int
+    """Legs the worker believes it is serving; the coordinator compares and logs a difference."""
+
+
+class StepOutputs(Message, frozen=True, kw_only=True):
+    """All tokens of one engine step, one message. Decode workers send nothing per token beside it."""
+
+    deltas: list[SequenceDelta]
+    load: WorkerLoad
+
+
+class PrefillFinished(Message, frozen=True, kw_only=True):
+    """A prefill leg ended well. Its one token is in `delta`; decode continues from `kv_source`."""
+
+    delta: SequenceDelta
+    kv_source: KvSource | None
+    """None when the sequence is over after its first token, or the engine kept nothing."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    queue_s: float
+    """Time the leg waited in the worker's engine before its first step."""
+    prefill_s: float
+    """First step to first token."""
+    load: WorkerLoad
+
+
+class LegFailed(Message, frozen=True, kw_only=True):
+    """A leg ended without finishing: aborted on request, or an error of the engine or transfer."""
+
+    handoff_id: str
+    error: ErrorReport
+
+
+class WorkerLeaving(Message, frozen=True, kw_only=True):
+    """The worker takes no new legs; it says so once more by closing when its legs are done."""
+
+    reason: str
+
+
+# ── coordinator → worker ──────────────────────────────────────────────────────────────────────
+
+
+class WorkerAccepted(Message, frozen=True, kw_only=True):
+    protocol_version: int
+    coordinator_boot_id: str
+    heartbeat_interval_s: float
+
+
+class WorkerRefused(Message, frozen=True, kw_only=True):
+    error: ErrorReport
+
+
+class RegisterAgain(Message, frozen=True, kw_only=True):
+    """The coordinator does not know this connection (it restarted, or gave the worker up)."""
+
+
+class StartPrefill(Message, frozen=True, kw_only=True):
+    handoff_id: str
+    request_id: str
+    prompt_token_ids: bytes
+    """Packed, see tokens.py."""
+    sampling: SamplingSpec
+    """The client's spec; the worker itself stops after the first token."""
+    keep_kv: bool
+    """False: this is the whole answer (max_tokens = 1), nothing will fetch the KV."""
+
+
+class StartDecode(Message, frozen=True, kw_only=True):
+    handoff_id: str
+    request_id: str
+    prompt_token_ids: bytes
+    """Packed. Ends with the first output token when the prefill worker's token counts."""
+    sampling: SamplingSpec
+    """Already reduced by the tokens the client has (max_tokens, min_tokens)."""
+    kv_source: KvSource | None
+    """None: compute the prompt here (recompute policy, or nothing to fetch)."""
+
+
+class AbortLeg(Message, frozen=True, kw_only=True):
+    """Stop and free; the worker answers with LegFailed(code=aborted) unless the leg is already over."""
+
+    handoff_id: str
+
+
+class DrainWorker(Message, frozen=True, kw_only=True):
+    """Take no new legs, finish the ones you have, then leave."""
+
+
+# ── client → coordinator ──────────────────────────────────────────────────────────────────────
+
+
+class SubmitRequest(Message, frozen=True, kw_only=True):
+    protocol_version: int
+    request_id: str
+    """Chosen by the client, unique among its requests in flight."""
+    prompt: str | None = None
+    prompt_token_ids: bytes | None = None
+    """Packed. Exactly one of `prompt`, `prompt_token_ids` and `messages` is given."""
+    messages: list[dict[str, Any]] | None = None
+    """Chat turns, rendered with the model's chat template."""
+    model: str | None = None
+    sampling: SamplingSpec | None = None
+    """None: greedy-free defaults with as many tokens as fit."""
+
+
+class AbortRequest(Message, frozen=True, kw_only=True):
+    request_id: str
+
+
+# ── coordinator → client ──────────────────────────────────────────────────────────────────────
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Which workers served a request and why the first token came from where it came."""
+
+    prefill_worker: str | None = None
+    decode_worker: str | None = None
+    first_token_by: WorkerRole | None = None
+    first_token_reason: str | None = None
+    num_attempts: int = 1
+
+
+class PhaseTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds at the coordinator, end to end: they add up to the request's latency.
+
+    queue: submit → prefill dispatched · prefill: → prefill finished · handoff: → first token of
+    the decode worker · decode: → last token. A phase that did not happen is 0.
+    """
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    handoff_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class RequestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The final word on a request: exactly one per accepted request."""
+
+    outcome: Outcome
+    error: ErrorReport | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens the prefill worker had in its prefix cache."""
+    kv_bytes: int = 0
+    """Bytes of KV handed from prefill to decode worker."""
+    placement: Placement = Placement()
+    phases: PhaseTimes = PhaseTimes()
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+
+class RequestDelta(Message, frozen=True, kw_only=True):
+    request_id: str
+    token_ids: list[int]
+    text: str
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class RequestFinished(Message, frozen=True, kw_only=True):
+    request_id: str
+    report: RequestReport
+
+
+class RequestRefused(Message, frozen=True, kw_only=True):
+    """Never accepted: nothing was computed, nothing will follow. request_id is empty when the
+    frame was too broken to tell."""
+
+    request_id: str
+    error: ErrorReport
+
+
+WorkerMessage = RegisterWorker | Heartbeat | StepOutputs | PrefillFinished | LegFailed | WorkerLeaving
+"""What a coordinator may receive from a worker."""
+
+CoordinatorMessage = (
+    WorkerAccepted | WorkerRefused | RegisterAgain | StartPrefill | StartDecode | AbortLeg | DrainWorker
+)
+"""What a worker may receive from a coordinator."""
+
+ClientMessage = SubmitRequest | AbortRequest
+"""What a coordinator may receive from a client."""
+
+ClientReply = RequestDelta | RequestFinished | RequestRefused
+"""What a client may receive from a coordinator."""

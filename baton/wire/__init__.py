@@ -1,0 +1,1 @@
+"""The only place that imports zmq. Carries frames; what they mean is the contract's business."""

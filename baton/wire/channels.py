@@ -1,0 +1,148 @@
+"""ZeroMQ sockets as callbacks on an asyncio loop.
+
+zmq.asyncio costs a future and a task switch per message; a token stream cannot afford that. Here
+the socket's file descriptor is watched by the loop and every ready message is handed to a plain
+function. The descriptor is edge-triggered: it may stay silent although messages wait, so the
+queue is drained until empty after every wake-up and looked at again after every send.
+
+Queues: each socket holds at most QUEUE_MESSAGES per peer and direction. When a send finds the
+queue full, `send` answers False and nothing was sent; the caller decides (the coordinator gives
+the peer up, a worker does the same with the coordinator).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import zmq
+
+from baton.contract.codec import MAX_MESSAGE_BYTES
+
+QUEUE_MESSAGES = 65_536
+"""Deep enough for a minute of one message per 1 ms step; a peer that lags more is as good as gone."""
+
+DRAIN_BATCH = 256
+"""Messages handled before the loop gets a turn, so that one busy peer cannot starve the doors."""
+
+KEEPALIVE_MS = 2_000
+
+
+class _Channel:
+    def __init__(self, kind: int, context: zmq.Context[zmq.Socket[bytes]] | None) -> None:
+        self._context = context or zmq.Context.instance()
+        self._socket: zmq.Socket[bytes] = self._context.socket(kind)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.SNDHWM, QUEUE_MESSAGES),
+            (zmq.RCVHWM, QUEUE_MESSAGES),
+            (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES),
+            (zmq.HEARTBEAT_IVL, KEEPALIVE_MS),
+            (zmq.HEARTBEAT_TIMEOUT, 3 * KEEPALIVE_MS),
+            (zmq.IPV6, 1),
+        ):
+            self._socket.setsockopt(option, value)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wakeup: asyncio.Handle | None = None
+
+    def start(self) -> None:
+        """Begin to deliver; call on the loop that will run the callbacks."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._drain)
+        self._drain_soon()
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Stop delivering. Messages not yet sent get `linger_ms` to leave."""
+        if self._socket.closed:
+            return
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
+        if self._wakeup is not None:
+            self._wakeup.cancel()
+        self._socket.close(linger=linger_ms)
+
+    def _drain_soon(self) -> None:
+        if self._loop is not None and self._wakeup is None:
+            self._wakeup = self._loop.call_soon(self._drain)
+
+    def _after_send(self) -> None:
+        if self._wakeup is None and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+            self._drain_soon()
+
+    def _drain(self) -> None:
+        self._wakeup = None
+        for _ in range(DRAIN_BATCH):
+            if self._socket.closed:
+                return
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._deliver(frames)
+        self._drain_soon()
+
+    def _deliver(self, frames: list[bytes]) -> None:
+        raise NotImplementedError
+
+
+class RouterChannel(_Channel):
+    """The coordinator's side: many peers, told apart by the identity ZeroMQ gives a connection."""
+
+    def __init__(
+        self,
+        on_frames: Callable[[bytes, list[bytes]], None],
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        """on_frames(peer, frames): frames without the identity; a well-formed message has one."""
+        super().__init__(zmq.ROUTER, context)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._on_frames = on_frames
+
+    def bind(self, address: str) -> str:
+        """Returns the address with the real port. Raises OSError naming an address that is taken."""
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"cannot listen on {address}: {error}") from error
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def send(self, peer: bytes, frame: bytes) -> bool:
+        """False: the peer is gone or its queue is full; nothing was sent."""
+        try:
+            self._socket.send_multipart((peer, frame), zmq.NOBLOCK)
+        except (zmq.Again, zmq.ZMQError):
+            return False
+        self._after_send()
+        return True
+
+    def _deliver(self, frames: list[bytes]) -> None:
+        self._on_frames(frames[0], frames[1:])
+
+
+class DealerChannel(_Channel):
+    """A worker's or client's side: one coordinator, reconnected to by ZeroMQ itself."""
+
+    def __init__(
+        self,
+        on_frames: Callable[[list[bytes]], None],
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        super().__init__(zmq.DEALER, context)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
+        self._on_frames = on_frames
+
+    def connect(self, address: str) -> None:
+        self._socket.connect(address)
+
+    def send(self, frame: bytes) -> bool:
+        """False: the queue to the coordinator is full; nothing was sent."""
+        try:
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        self._after_send()
+        return True
+
+    def _deliver(self, frames: list[bytes]) -> None:
+        self._on_frames(frames)
