@@ -1,0 +1,85 @@
+"""The `baton` command: picks a role and hands it the rest of the command line.
+
+The only module above the roles. A role is imported when it is asked for, so `baton submit` starts
+without torch and one role's missing package cannot break another's `--help`.
+
+Exit codes: 0 clean, 1 runtime failure, 2 usage or settings, 3 doctor found a problem, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import cast
+
+DISTRIBUTION = "baton-serving"
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    module: str
+    """Has `main(argv: list[str]) -> int`."""
+    summary: str
+
+
+COMMANDS = {
+    "serve": Command("baton.launcher", "coordinator + workers on this machine, checked and ready to call"),
+    "coordinator": Command("coordinator.__main__", "the control plane: HTTP and ZeroMQ doors"),
+    "prefill": Command("prefill_worker.__main__", "one prefill worker"),
+    "decode": Command("decode_worker.__main__", "one decode worker"),
+    "submit": Command("baton.submit", "send a prompt to a coordinator and print the tokens as they come"),
+    "doctor": Command("baton.doctor", "find what is wrong with this installation"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        print(usage(), file=sys.stderr)
+        return EXIT_USAGE
+    name, *rest = arguments
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"baton {version()}")
+        return 0
+    command = COMMANDS.get(name)
+    if command is None:
+        print(f"baton: no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        return _entry(command)(rest)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _entry(command: Command) -> Callable[[list[str]], int]:
+    return cast(Callable[[list[str]], int], importlib.import_module(command.module).main)
+
+
+def version() -> str:
+    """The installed distribution's, or a plain word when run from a bare checkout."""
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: baton COMMAND [OPTIONS]\n\n"
+        f"commands:\n{commands}\n\n"
+        "`baton COMMAND --help` lists the options; `baton --version` prints the version."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
