@@ -1,6 +1,7 @@
 """Every way a request or a peer can fail, as one tree.
 
     ServingError
+      Aborted              the client left, or somebody stopped the request for it
       RequestError         the caller should change something
         InvalidRequest         malformed or contradictory fields
         PromptTooLong          the fleet cannot hold prompt + output
@@ -14,12 +15,13 @@
       PeerError            another process misbehaved or left
         ProtocolMismatch       versions or layouts differ, or the frame is not ours
         RegistrationRefused    the worker may not join this fleet
+        WorkerIdTaken          another live worker has this id; try again once it is gone
         WorkerLost             a worker died or stopped answering
         TransferFailed         KV did not arrive, or arrived too late to be trusted
         EngineFailed           the engine reported an error for this request
         PhaseTimeout           a phase made no progress before its deadline
 
-The class answers two questions: whose fault (the three branches) and is a retry sensible
+The class answers two questions: whose fault (the branches) and is a retry sensible
 (`retryable`). `code` is the stable string that clients and metrics see.
 """
 
@@ -73,6 +75,11 @@ class ServingError(Exception):
             worker_id=self.worker_id,
             retry_after_s=self.retry_after_s,
         )
+
+
+class Aborted(ServingError):
+    code = "aborted"
+    http_status = 499
 
 
 class RequestError(ServingError):
@@ -135,6 +142,11 @@ class ProtocolMismatch(PeerError):
 class RegistrationRefused(PeerError):
     code = "registration_refused"
     retryable = False
+
+
+class WorkerIdTaken(PeerError):
+    code = "worker_id_taken"
+    http_status = 409
 
 
 class WorkerLost(PeerError):

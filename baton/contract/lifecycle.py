@@ -34,7 +34,10 @@ class RequestState(Enum):
 
 
 LEGAL_MOVES: dict[RequestState, frozenset[RequestState]] = {
-    RequestState.QUEUED: frozenset({RequestState.PREFILLING, RequestState.FINISHED}),
+    RequestState.QUEUED: frozenset(
+        # Straight to HANDING_OFF: the prompt was computed, its KV got lost, decode recomputes it.
+        {RequestState.PREFILLING, RequestState.HANDING_OFF, RequestState.FINISHED}
+    ),
     RequestState.PREFILLING: frozenset(
         {RequestState.HANDING_OFF, RequestState.QUEUED, RequestState.FINISHED}
     ),

@@ -1,0 +1,273 @@
+"""The coordinator's shell: sockets, timers, and carrying out what the core decides.
+
+One event loop owns everything. A message comes in, the core answers with actions, the actions are
+carried out before the next message is looked at: decisions are serialised, so two requests never
+see the same idle worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from baton.clock import Clock
+from baton.contract import codec
+from baton.contract.errors import ProtocolMismatch, ServingError
+from baton.contract.lifecycle import WorkerRole
+from baton.contract.messages import (
+    CoordinatorMessage,
+    DrainWorker,
+    Heartbeat,
+    LegFailed,
+    PrefillFinished,
+    RegisterAgain,
+    RegisterWorker,
+    RequestReport,
+    StepOutputs,
+    WorkerAccepted,
+    WorkerLeaving,
+    WorkerRefused,
+)
+from baton.wire.channels import RouterChannel
+from coordinator.actions import Action, Deliver, Finish, Send
+from coordinator.core import Core
+from coordinator.fleet import Worker
+from coordinator.intake import FleetFacts, ResultSink, Submission
+
+logger = logging.getLogger("baton.coordinator")
+request_log = logging.getLogger("baton.requests")
+
+TICK_S = 0.25
+
+
+class Coordinator:
+    """Implements `Intake` for the doors; speaks with the workers."""
+
+    def __init__(
+        self,
+        core: Core,
+        clock: Clock,
+        *,
+        boot_id: str,
+        heartbeat_interval_s: float,
+        heartbeat_timeout_s: float,
+    ) -> None:
+        self._core = core
+        self._clock = clock
+        self._boot_id = boot_id
+        self._heartbeat_interval_s = heartbeat_interval_s
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._fleet_channel = RouterChannel(self._on_worker_frames)
+        self._ticker: asyncio.Task[None] | None = None
+        self.on_finished: list[Callable[[RequestReport], None]] = []
+        """Called for each request's end, before its client hears it."""
+        self.on_worker_registered: list[Callable[[RegisterWorker], None]] = []
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # ── start and stop ───────────────────────────────────────────────────────────────────────
+
+    def start(self, fleet_address: str) -> str:
+        """Returns the bound address. Raises OSError when it is taken."""
+        bound = self._fleet_channel.bind(fleet_address)
+        self._fleet_channel.start()
+        self._ticker = asyncio.create_task(self._tick_for_ever(), name="coordinator-ticker")
+        return bound
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, let accepted ones finish, end the rest after `timeout_s`."""
+        self._core.is_draining = True
+        logger.info("drain started num_requests=%d", self._core.num_requests)
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            self._perform(self._core.abort_all("the coordinator was shut down", self._clock.now_s()))
+
+    async def stop(self) -> None:
+        self._core.is_draining = True
+        self._perform(self._core.abort_all("the coordinator was shut down", self._clock.now_s()))
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+        self._fleet_channel.close(linger_ms=500)
+
+    async def _tick_for_ever(self) -> None:
+        last_s = self._clock.now_s()
+        while True:
+            await asyncio.sleep(TICK_S)
+            now_s = self._clock.now_s()
+            stalled_s = now_s - last_s - TICK_S
+            last_s = now_s
+            if stalled_s > self._heartbeat_timeout_s / 2:
+                # We ourselves stood still: what the workers sent meanwhile is still unread.
+                logger.warning("event loop stalled stalled_s=%.1f", stalled_s)
+                continue
+            for worker in list(self._core.fleet):
+                silent_s = now_s - worker.last_heard_s
+                if silent_s > self._heartbeat_timeout_s:
+                    logger.warning("worker lost worker_id=%s silent_s=%.1f", worker.worker_id, silent_s)
+                    reason = f"nothing heard for {silent_s:.1f} s"
+                    self._perform(self._core.worker_lost(worker.worker_id, reason, now_s))
+            self._perform(self._core.tick(now_s))
+
+    # ── the doors' side: Intake ──────────────────────────────────────────────────────────────
+
+    def submit(self, submission: Submission, sink: ResultSink) -> None:
+        actions = self._core.submit(submission, sink, self._clock.now_s())
+        self._idle.clear()
+        self._perform(actions)
+
+    def abort(self, request_id: str) -> None:
+        self._perform(self._core.abort(request_id, self._clock.now_s()))
+
+    def facts(self) -> FleetFacts:
+        return self._core.facts()
+
+    def snapshot(self) -> dict[str, object]:
+        """The fleet as JSON-ready values: who is registered, how loaded, what is promised."""
+        now_s = self._clock.now_s()
+        return {
+            "num_requests": self._core.num_requests,
+            "num_queued": self._core.num_queued,
+            "is_draining": self._core.is_draining,
+            "workers": [_worker_snapshot(worker, now_s) for worker in self._core.fleet],
+        }
+
+    # ── the workers' side ────────────────────────────────────────────────────────────────────
+
+    def _on_worker_frames(self, peer: bytes, frames: list[bytes]) -> None:
+        worker = self._core.fleet.at(peer)
+        try:
+            if len(frames) != 1:
+                raise ProtocolMismatch(f"a message is one frame, got {len(frames)}")
+            message = codec.worker_messages.decode(frames[0])
+        except ProtocolMismatch as error:
+            logger.warning(
+                "frame refused from=%s message=%r", worker.worker_id if worker else "unregistered", str(error)
+            )
+            if worker is None:
+                self._send(peer, WorkerRefused(error=error.report()))
+            return
+        now_s = self._clock.now_s()
+        if isinstance(message, RegisterWorker):
+            self._register(message, peer, now_s)
+            return
+        if worker is None:
+            self._send(peer, RegisterAgain())
+            return
+        worker.last_heard_s = now_s
+        match message:
+            case StepOutputs():
+                self._perform(self._core.step(worker, message, now_s))
+            case PrefillFinished():
+                self._perform(self._core.prefill_finished(worker, message, now_s))
+            case Heartbeat():
+                self._core.heartbeat(worker, message)
+            case LegFailed():
+                self._perform(self._core.leg_failed(worker, message, now_s))
+            case WorkerLeaving():
+                self._leaving(worker, message, now_s)
+
+    def _register(self, registration: RegisterWorker, peer: bytes, now_s: float) -> None:
+        try:
+            self._core.fleet.check(registration, peer)
+        except ServingError as error:
+            logger.warning("worker refused worker_id=%s message=%r", registration.worker_id, error.message)
+            self._send(peer, WorkerRefused(error=error.report()))
+            return
+        actions = self._core.worker_registered(registration, peer, now_s)
+        accepted = WorkerAccepted(
+            protocol_version=codec.PROTOCOL_VERSION,
+            coordinator_boot_id=self._boot_id,
+            heartbeat_interval_s=self._heartbeat_interval_s,
+        )
+        self._send(peer, accepted)
+        logger.info(
+            "worker registered worker_id=%s role=%s boot_id=%s num_blocks=%d max_batch_size=%d model=%s",
+            registration.worker_id, registration.role.value, registration.boot_id,
+            registration.capacity.num_blocks, registration.capacity.max_batch_size,
+            registration.layout.model,
+        )  # fmt: skip
+        for callback in self.on_worker_registered:
+            callback(registration)
+        self._perform(actions)
+
+    def _leaving(self, worker: Worker, message: WorkerLeaving, now_s: float) -> None:
+        logger.info("worker leaving worker_id=%s reason=%r", worker.worker_id, message.reason)
+        if worker.is_leaving:  # the second word: its legs are done, it goes now
+            self._perform(self._core.worker_lost(worker.worker_id, message.reason, now_s))
+        else:
+            self._core.worker_leaving(worker)
+
+    def drain_workers(self) -> None:
+        """Ask every worker to finish and leave."""
+        for worker in self._core.fleet:
+            self._send(worker.peer, DrainWorker())
+
+    # ── carrying out ─────────────────────────────────────────────────────────────────────────
+
+    def _perform(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if type(action) is Deliver:
+                action.sink.on_delta(action.delta, action.placement)
+            elif type(action) is Send:
+                self._send_to(action)
+            else:
+                self._finish(action)
+
+    def _send_to(self, action: Send) -> None:
+        worker = self._core.fleet.get(action.worker_id)
+        if worker is not None and not self._send(worker.peer, action.message):  # type: ignore[arg-type]
+            logger.warning("worker lost worker_id=%s reason='connection gone'", action.worker_id)
+            now_s = self._clock.now_s()
+            self._perform(self._core.worker_lost(action.worker_id, "its connection is gone", now_s))
+
+    def _send(self, peer: bytes, message: CoordinatorMessage) -> bool:
+        return self._fleet_channel.send(peer, codec.encode(message))
+
+    def _finish(self, action: Finish) -> None:
+        report = action.report
+        if request_log.isEnabledFor(logging.INFO):
+            logged = msgspec.structs.replace(report, prompt_logprobs=None)
+            line = _RequestLogLine(
+                request_id=action.request_id, handoff_id=action.handoff_id, report=logged
+            )
+            request_log.info("%s", msgspec.json.encode(line).decode())
+        for callback in self.on_finished:
+            callback(report)
+        action.sink.on_finished(report)
+        if self._core.num_requests == 0:
+            self._idle.set()
+
+
+class _RequestLogLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One JSON line tells a request's whole story."""
+
+    event: str = "request finished"
+    request_id: str
+    handoff_id: str
+    report: RequestReport
+
+
+def _worker_snapshot(worker: Worker, now_s: float) -> dict[str, object]:
+    registration, account = worker.registration, worker.account
+    return {
+        "worker_id": worker.worker_id,
+        "role": worker.role.value,
+        "boot_id": registration.boot_id,
+        "host": registration.host,
+        "pid": registration.pid,
+        "is_leaving": worker.is_leaving,
+        "silent_s": round(now_s - worker.last_heard_s, 3),
+        "tensor_parallel_size": registration.tensor_parallel_size,
+        "pipeline_parallel_size": registration.pipeline_parallel_size,
+        "layout": msgspec.to_builtins(registration.layout),
+        "capacity": msgspec.to_builtins(registration.capacity),
+        "load": msgspec.structs.asdict(account.load),
+        "num_legs": account.num_legs,
+        "num_queued_tokens": account.num_queued_tokens if worker.role is WorkerRole.PREFILL else 0,
+        "num_reserved_blocks": account.num_reserved_blocks,
+    }

@@ -1,0 +1,523 @@
+"""The coordinator's decisions: events in, actions out, no I/O.
+
+Every accepted request is in `_requests` until its one Finish action. Each attempt to serve it has
+a `handoff_id`; `_legs` maps the live ones, so whatever a worker says about an abandoned attempt
+finds nobody and is dropped. Room on the decode worker is reserved before prefill is dispatched:
+KV that nobody can take would fill the prefill worker.
+
+    submit ─> queue ─> StartPrefill ─> PrefillFinished ─> StartDecode ─> tokens ─> Finish
+                ^            │                                │
+                └── retry ───┘          recompute on decode ──┘   (counted, bounded by max_attempts)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from baton.contract.errors import (
+    Aborted,
+    Draining,
+    DuplicateRequest,
+    ErrorReport,
+    InvalidRequest,
+    NoWorkers,
+    PhaseTimeout,
+    PromptTooLong,
+    QueueFull,
+    ServingError,
+    WorkerLost,
+    error_from_report,
+)
+from baton.contract.lifecycle import Outcome, RequestState, WorkerRole
+from baton.contract.messages import (
+    AbortLeg,
+    Heartbeat,
+    KvSource,
+    LegFailed,
+    PrefillFinished,
+    RegisterWorker,
+    RequestReport,
+    SequenceDelta,
+    StartDecode,
+    StartPrefill,
+    StepOutputs,
+)
+from baton.contract.tokens import pack_token_ids
+from baton.policy.base import DecodePolicy, PrefillPolicy, RequestFacts, num_blocks_wanted
+from baton.policy.ledger import WorkerAccount
+from coordinator.actions import Action, Deliver, Finish, Send
+from coordinator.drain_rate import DrainRate
+from coordinator.first_token import is_usable, prefill_spec
+from coordinator.fleet import FleetView, Worker
+from coordinator.intake import FleetFacts, ResultSink, Submission
+from coordinator.request import Request
+
+logger = logging.getLogger("baton.coordinator")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreSettings:
+    max_queued: int = 4096
+    """Requests waiting for a worker; beyond it a client hears 429 at once."""
+    max_attempts: int = 3
+    transfer_failure_policy: Literal["recompute", "fail"] = "recompute"
+    queue_timeout_s: float = 120.0
+    prefill_timeout_s: float = 300.0
+    handoff_timeout_s: float = 20.0
+    """Decode told to start → its first token. Shorter than the 30 s lease of the KV it waits for."""
+    decode_stall_timeout_s: float = 60.0
+    """Longest silence between two tokens."""
+    expected_output_tokens: int = 256
+    """Growth reserved for a request that asks for more; the engine preempts if it was too little."""
+
+
+class Core:
+    def __init__(
+        self,
+        settings: CoreSettings,
+        prefill_policy: PrefillPolicy,
+        decode_policy: DecodePolicy,
+        boot_id: str,
+    ) -> None:
+        self.fleet = FleetView()
+        self.is_draining = False
+        self._settings = settings
+        self._prefill_policy = prefill_policy
+        self._decode_policy = decode_policy
+        self._boot_id = boot_id
+        self._num_handoffs = 0
+        self._queue: deque[Request] = deque()
+        self._requests: dict[str, Request] = {}
+        self._legs: dict[str, Request] = {}
+        self._drain_rate = DrainRate()
+
+    # ── facts ────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def num_requests(self) -> int:
+        """Accepted and not finished."""
+        return len(self._requests)
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    def facts(self) -> FleetFacts:
+        layout = self.fleet.layout
+        return FleetFacts(
+            is_ready=self.fleet.has_pair and not self.is_draining,
+            model=layout.model if layout else None,
+            max_model_len=self.fleet.max_model_len,
+        )
+
+    # ── clients ──────────────────────────────────────────────────────────────────────────────
+
+    def submit(self, submission: Submission, sink: ResultSink, now_s: float) -> list[Action]:
+        """Raises ServingError and accepts nothing; see `Intake.submit`."""
+        request = Request(submission, sink, now_s)
+        self._check(request, now_s)
+        self._requests[request.request_id] = request
+        self._queue.append(request)
+        return self._pump(now_s)
+
+    def abort(self, request_id: str, now_s: float) -> list[Action]:
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        actions = self._finish(request, Outcome.ABORTED, now_s, error=Aborted("the client left"))
+        return actions + self._pump(now_s)
+
+    def _check(self, request: Request, now_s: float) -> None:
+        sampling, num_prompt = request.submission.sampling, request.num_prompt_tokens
+        if self.is_draining:
+            raise Draining("this coordinator is shutting down and takes no new requests", retry_after_s=5)
+        if request.request_id in self._requests:
+            raise DuplicateRequest(f"request id {request.request_id!r} is already in flight")
+        limit = self.fleet.max_model_len
+        if limit is None or not self.fleet.has_pair:
+            missing = [role.value for role in WorkerRole if not self.fleet.accounts(role)]
+            raise NoWorkers(f"no {' and no '.join(missing)} worker is ready", retry_after_s=1)
+        if num_prompt < 1:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if num_prompt + 1 > limit:
+            raise PromptTooLong(
+                f"prompt has {num_prompt} tokens, this fleet accepts {limit - 1} and one of output",
+                param="prompt",
+            )
+        if sampling.max_tokens < 1 or num_prompt + sampling.max_tokens > limit:
+            raise InvalidRequest(
+                f"max_tokens is {sampling.max_tokens}; with a prompt of {num_prompt} tokens this fleet "
+                f"accepts 1 to {limit - num_prompt}",
+                param="max_tokens",
+            )
+        for role in WorkerRole:
+            accounts = self.fleet.accounts(role)
+            if all(a.num_blocks_for(num_prompt + 1) > a.capacity.num_blocks for a in accounts):
+                largest = max(accounts, key=lambda a: a.capacity.num_blocks * a.block_size_tokens)
+                raise PromptTooLong(
+                    f"prompt has {num_prompt} tokens, the largest {role.value} worker holds "
+                    f"{largest.capacity.num_blocks * largest.block_size_tokens} in its KV cache",
+                    param="prompt",
+                )
+        if len(self._queue) >= self._settings.max_queued:
+            raise QueueFull(
+                f"{len(self._queue)} requests are queued, the limit is {self._settings.max_queued}",
+                retry_after_s=self._drain_rate.seconds_for(len(self._queue), now_s),
+            )
+
+    # ── workers ──────────────────────────────────────────────────────────────────────────────
+
+    def worker_registered(self, registration: RegisterWorker, peer: bytes, now_s: float) -> list[Action]:
+        """Call after `fleet.check`. A worker that registers again has forgotten its legs."""
+        actions = []
+        if self.fleet.get(registration.worker_id) is not None:
+            actions = self.worker_lost(registration.worker_id, "it registered again", now_s)
+        self.fleet.add(registration, peer, now_s)
+        return actions + self._pump(now_s)
+
+    def worker_lost(self, worker_id: str, reason: str, now_s: float) -> list[Action]:
+        """Its legs are gone; every request that depended on one is retried or failed by name."""
+        if self.fleet.remove(worker_id) is None:
+            return []
+        actions: list[Action] = []
+        for request in list(self._requests.values()):
+            if worker_id == request.decode_worker or (
+                worker_id == request.prefill_worker and request.state is RequestState.PREFILLING
+            ):
+                error = WorkerLost(
+                    f"worker {worker_id} was lost in {request.state.value}: {reason}",
+                    phase=request.state.value,
+                    worker_id=worker_id,
+                )
+                actions += self._attempt_failed(request, error, now_s)
+        return actions + self._pump(now_s)
+
+    def worker_leaving(self, worker: Worker) -> None:
+        self.fleet.mark_leaving(worker)
+
+    def heartbeat(self, worker: Worker, message: Heartbeat) -> None:
+        worker.account.load = message.load
+
+    def prefill_finished(self, worker: Worker, message: PrefillFinished, now_s: float) -> list[Action]:
+        worker.account.load = message.load
+        delta = message.delta
+        request = self._leg(delta.handoff_id, worker, RequestState.PREFILLING)
+        if request is None:
+            # Nobody will fetch this KV: let the worker free it now instead of at the lease's end.
+            return [Send(worker.worker_id, AbortLeg(handoff_id=delta.handoff_id))]
+        worker.account.prefill_done(delta.handoff_id)
+        request.prefill_finished_s = now_s
+        request.num_cached_tokens = delta.num_cached_tokens or 0
+        request.prompt_logprobs = message.prompt_logprobs
+        is_last = delta.finish_reason is not None or not request.needs_decode
+        if request.first_token_by is WorkerRole.PREFILL and not (is_last or is_usable(delta)):
+            request.first_token_by = WorkerRole.DECODE
+            request.first_token_reason = "partial character"
+        request.prompt_token_ids = request.submission.prompt_token_ids
+        actions: list[Action] = []
+        if request.first_token_by is WorkerRole.PREFILL:
+            request.prompt_token_ids += pack_token_ids(delta.token_ids)
+            request.num_output_tokens += len(delta.token_ids)
+            request.update_placement()
+            actions.append(Deliver(request.sink, delta, request.placement))
+            if is_last:
+                return actions + self._finish(request, Outcome.COMPLETED, now_s, last=delta) + self._pump(now_s)
+        request.kv_source = message.kv_source
+        request.move(RequestState.HANDING_OFF, now_s)
+        actions.append(self._start_decode(request, message.kv_source))
+        return actions
+
+    def step(self, worker: Worker, message: StepOutputs, now_s: float) -> list[Action]:
+        """The hot path: one call per engine step of a decode worker."""
+        worker.account.load = message.load
+        actions: list[Action] = []
+        is_room_freed = False
+        legs = self._legs
+        for delta in message.deltas:
+            request = legs.get(delta.handoff_id)
+            if request is None or request.decode_worker != worker.worker_id:
+                self._log_dropped("delta", delta.handoff_id, worker)
+                continue
+            if request.state is not RequestState.DECODING:
+                self._first_decode_delta(request, now_s)
+            request.num_output_tokens += len(delta.token_ids)
+            request.progress_s = now_s
+            actions.append(Deliver(request.sink, delta, request.placement))
+            if delta.finish_reason is not None:
+                actions += self._finish(request, Outcome.COMPLETED, now_s, last=delta)
+                is_room_freed = True
+        if is_room_freed:
+            actions += self._pump(now_s)
+        return actions
+
+    def leg_failed(self, worker: Worker, message: LegFailed, now_s: float) -> list[Action]:
+        request = self._legs.get(message.handoff_id)
+        if request is None or worker.worker_id not in (request.prefill_worker, request.decode_worker):
+            self._log_dropped("failure", message.handoff_id, worker)
+            return []
+        phase, report = request.state.value, message.error
+        report = msgspec.structs.replace(
+            report, phase=report.phase or phase, worker_id=report.worker_id or worker.worker_id
+        )
+        return self._attempt_failed(request, error_from_report(report), now_s) + self._pump(now_s)
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────────
+
+    def tick(self, now_s: float) -> list[Action]:
+        """Ends every phase that made no progress within its deadline. Call a few times a second."""
+        actions: list[Action] = []
+        for request in list(self._requests.values()):
+            limit_s = self._phase_limit_s(request.state)
+            if now_s - request.progress_s <= limit_s:
+                continue
+            worker_id = request.decode_worker if request.prefill_finished_s else request.prefill_worker
+            error = PhaseTimeout(
+                f"no progress in {request.state.value} for {limit_s:g} s"
+                + (f" on worker {worker_id}" if worker_id else ""),
+                phase=request.state.value,
+                worker_id=worker_id,
+            )
+            if request.state is RequestState.QUEUED:
+                actions += self._finish(request, Outcome.EXPIRED, now_s, error=error)
+            else:
+                actions += self._attempt_failed(request, error, now_s)
+        return actions + self._pump(now_s)
+
+    def abort_all(self, reason: str, now_s: float) -> list[Action]:
+        """For shutdown: every request hears its end."""
+        actions: list[Action] = []
+        for request in list(self._requests.values()):
+            actions += self._finish(request, Outcome.ABORTED, now_s, error=Draining(reason))
+        return actions
+
+    def _phase_limit_s(self, state: RequestState) -> float:
+        s = self._settings
+        return {
+            RequestState.QUEUED: s.queue_timeout_s,
+            RequestState.PREFILLING: s.prefill_timeout_s,
+            RequestState.HANDING_OFF: s.handoff_timeout_s,
+            RequestState.DECODING: s.decode_stall_timeout_s,
+        }[state]
+
+    # ── dispatch ─────────────────────────────────────────────────────────────────────────────
+
+    def _pump(self, now_s: float) -> list[Action]:
+        """Dispatch from the head of the queue while it fits; nobody overtakes."""
+        actions: list[Action] = []
+        while self._queue:
+            if self._queue[0].state is not RequestState.QUEUED:  # ended while it waited
+                self._queue.popleft()
+                continue
+            dispatched = self._dispatch(self._queue[0], now_s)
+            if dispatched is None:
+                break
+            self._queue.popleft()
+            actions.append(dispatched)
+        return actions
+
+    def _dispatch(self, request: Request, now_s: float) -> Action | None:
+        """None: no worker has room; nothing changed."""
+        sampling = request.submission.sampling
+        facts = RequestFacts(
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_expected_output_tokens=min(sampling.max_tokens, self._settings.expected_output_tokens),
+        )
+        prefill: WorkerAccount | None = None
+        if request.prompt_token_ids is None:
+            prefill = self._prefill_policy.choose(facts, self.fleet.accounts(WorkerRole.PREFILL))
+            if prefill is None:
+                return None
+        decode: WorkerAccount | None = None
+        if request.needs_decode:
+            decode = self._decode_policy.choose(facts, self.fleet.accounts(WorkerRole.DECODE))
+            if decode is None:
+                return None
+        self._open_attempt(request, facts, prefill, decode)
+        if prefill is None:  # the prompt was computed before, its KV is lost: compute it on decode
+            request.move(RequestState.HANDING_OFF, now_s)
+            return self._start_decode(request, None)
+        request.dispatched_s = now_s
+        request.move(RequestState.PREFILLING, now_s)
+        is_token_wanted = request.first_token_by is WorkerRole.PREFILL
+        message = StartPrefill(
+            handoff_id=request.handoff_id,
+            request_id=request.request_id,
+            prompt_token_ids=request.submission.prompt_token_ids,
+            sampling=prefill_spec(sampling, is_token_wanted=is_token_wanted),
+            keep_kv=request.needs_decode,
+        )
+        return Send(prefill.worker_id, message)
+
+    def _open_attempt(
+        self,
+        request: Request,
+        facts: RequestFacts,
+        prefill: WorkerAccount | None,
+        decode: WorkerAccount | None,
+    ) -> None:
+        self._num_handoffs += 1
+        request.num_attempts += 1
+        request.handoff_id = f"h{self._boot_id}-{self._num_handoffs:x}"
+        self._legs[request.handoff_id] = request
+        if prefill is not None:
+            request.prefill_worker = request.last_prefill_worker = prefill.worker_id
+            num_tokens = facts.num_prompt_tokens
+            prefill.commit(
+                request.handoff_id,
+                num_queued_tokens=num_tokens,
+                num_blocks=prefill.num_blocks_for(num_tokens),
+            )
+        if decode is not None:
+            request.decode_worker = request.last_decode_worker = decode.worker_id
+            decode.commit(
+                request.handoff_id, num_queued_tokens=0, num_blocks=num_blocks_wanted(facts, decode)
+            )
+        request.update_placement()
+
+    def _start_decode(self, request: Request, kv_source: KvSource | None) -> Send:
+        sampling, num_given = request.submission.sampling, request.num_output_tokens
+        if num_given:
+            sampling = msgspec.structs.replace(
+                sampling,
+                max_tokens=sampling.max_tokens - num_given,
+                min_tokens=max(0, sampling.min_tokens - num_given),
+            )
+        if sampling.prompt_logprobs is not None:  # the prefill worker has given them
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+        assert request.decode_worker is not None and request.prompt_token_ids is not None
+        message = StartDecode(
+            handoff_id=request.handoff_id,
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=sampling,
+            kv_source=kv_source,
+        )
+        return Send(request.decode_worker, message)
+
+    def _first_decode_delta(self, request: Request, now_s: float) -> None:
+        request.move(RequestState.DECODING, now_s)
+        request.first_decode_s = now_s
+        if request.prefill_worker is not None:  # the KV has been read: that worker is done with us
+            self._release(request.prefill_worker, request.handoff_id)
+            request.prefill_worker = None
+        request.update_placement()
+
+    # ── endings ──────────────────────────────────────────────────────────────────────────────
+
+    def _attempt_failed(self, request: Request, error: ServingError, now_s: float) -> list[Action]:
+        """Retry, recompute, or give up: explicit, bounded and logged."""
+        is_prefill = request.state is RequestState.PREFILLING
+        can_repeat = is_prefill or (
+            request.state is RequestState.HANDING_OFF
+            and self._settings.transfer_failure_policy == "recompute"
+        )
+        if not (error.retryable and can_repeat and request.num_attempts < self._settings.max_attempts):
+            outcome = Outcome.EXPIRED if isinstance(error, PhaseTimeout) else Outcome.FAILED
+            return self._finish(request, outcome, now_s, error=error)
+        logger.warning(
+            "attempt failed request_id=%s handoff_id=%s state=%s code=%s retry=%s message=%r",
+            request.request_id, request.handoff_id, request.state.value, error.code,
+            "prefill" if is_prefill else "recompute", error.message,
+        )  # fmt: skip
+        actions = self._close_attempt(request)
+        request.kv_source = None
+        request.move(RequestState.QUEUED, now_s)
+        self._queue.appendleft(request)
+        return actions
+
+    def _close_attempt(self, request: Request) -> list[Action]:
+        """Take the attempt back from its workers; what they still say about it will be dropped."""
+        actions: list[Action] = []
+        self._legs.pop(request.handoff_id, None)
+        for worker_id in {request.prefill_worker, request.decode_worker} - {None}:
+            assert worker_id is not None
+            self._release(worker_id, request.handoff_id)
+            if self.fleet.get(worker_id) is not None and self._has_work(request, worker_id):
+                actions.append(Send(worker_id, AbortLeg(handoff_id=request.handoff_id)))
+        request.prefill_worker = request.decode_worker = None
+        return actions
+
+    @staticmethod
+    def _has_work(request: Request, worker_id: str) -> bool:
+        """A decode worker knows nothing of a request before it is told to start."""
+        if worker_id == request.prefill_worker:
+            return True
+        return request.state in (RequestState.HANDING_OFF, RequestState.DECODING)
+
+    def _finish(
+        self,
+        request: Request,
+        outcome: Outcome,
+        now_s: float,
+        *,
+        last: SequenceDelta | None = None,
+        error: ServingError | None = None,
+    ) -> list[Action]:
+        actions: list[Action] = []
+        if outcome is Outcome.COMPLETED:
+            self._legs.pop(request.handoff_id, None)
+            for worker_id in (request.prefill_worker, request.decode_worker):
+                if worker_id is not None:
+                    self._release(worker_id, request.handoff_id)
+        else:
+            actions = self._close_attempt(request)
+        request.move(RequestState.FINISHED, now_s)
+        del self._requests[request.request_id]
+        self._drain_rate.count(now_s)
+        actions.append(
+            Finish(request.sink, request.request_id, request.handoff_id,
+                   _report(request, outcome, now_s, last, error))
+        )  # fmt: skip
+        return actions
+
+    def _release(self, worker_id: str, handoff_id: str) -> None:
+        worker = self.fleet.get(worker_id)
+        if worker is not None:
+            worker.account.release(handoff_id)
+
+    def _leg(self, handoff_id: str, worker: Worker, state: RequestState) -> Request | None:
+        request = self._legs.get(handoff_id)
+        if request is None or request.prefill_worker != worker.worker_id or request.state is not state:
+            self._log_dropped("prefill result", handoff_id, worker)
+            return None
+        return request
+
+    @staticmethod
+    def _log_dropped(what: str, handoff_id: str, worker: Worker) -> None:
+        logger.info("late message dropped what=%s handoff_id=%s worker_id=%s", what, handoff_id, worker.worker_id)
+
+    def check_idle(self) -> Iterable[WorkerAccount]:
+        """Accounts that are not zero although no request is in flight: always empty."""
+        if self._requests:
+            return []
+        return [w.account for w in self.fleet if w.account.num_legs or w.account.num_reserved_blocks]
+
+
+def _report(
+    request: Request,
+    outcome: Outcome,
+    now_s: float,
+    last: SequenceDelta | None,
+    error: ServingError | None,
+) -> RequestReport:
+    was_moved = request.first_decode_s is not None and request.kv_source is not None
+    error_report: ErrorReport | None = error.report() if error is not None else None
+    return RequestReport(
+        outcome=outcome,
+        error=error_report,
+        finish_reason=last.finish_reason if last is not None else None,
+        stop_reason=last.stop_reason if last is not None else None,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_output_tokens=request.num_output_tokens,
+        num_cached_tokens=request.num_cached_tokens,
+        kv_bytes=request.kv_source.num_bytes if was_moved and request.kv_source else 0,
+        placement=request.placement,
+        phases=request.phases(now_s),
+        prompt_logprobs=request.prompt_logprobs,
+    )

@@ -1,0 +1,55 @@
+"""Who gives the client its first token.
+
+The prefill worker has the logits of the last prompt token as soon as prefill ends, so its token
+can be streamed while KV still moves; the decode worker then sees it as the end of the prompt.
+That is the same answer unless something about the request tells output from prompt, or counts
+draws of a random generator. Those requests get their first token from the decode worker, which
+recomputes one position:
+
+    seeded sampling    a seeded generator would start over on the decode worker
+    penalties          presence and frequency count output tokens only
+    structured output  the grammar must advance over every output token
+    stop strings       a match may span the first and the second token
+    bad words          likewise
+    partial character  the first token ends inside a character: no text to show yet
+
+`repetition_penalty` counts prompt and output alike and stays; `min_tokens` is carried over less
+the token already given; logprobs of the first token travel with it.
+"""
+
+from __future__ import annotations
+
+from baton.contract.messages import SequenceDelta
+from baton.contract.sampling import SamplingSpec
+
+
+def reason_for_decode(sampling: SamplingSpec) -> str | None:
+    """Why the decode worker must sample the first token; None: the prefill worker's counts."""
+    if sampling.max_tokens == 1:
+        return None  # the prefill worker's token is the whole answer
+    if sampling.seed is not None and sampling.temperature > 0:
+        return "seeded sampling"
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        return "penalties"
+    if sampling.structured_output is not None:
+        return "structured output"
+    if sampling.stop:
+        return "stop strings"
+    if sampling.bad_words:
+        return "bad words"
+    return None
+
+
+def is_usable(delta: SequenceDelta) -> bool:
+    """Whether the prefill worker's token can be shown: it has text, or nothing will follow it."""
+    return bool(delta.text) or delta.finish_reason is not None
+
+
+def prefill_spec(sampling: SamplingSpec, *, is_token_wanted: bool) -> SamplingSpec:
+    """What the prefill worker samples with. A token that nobody will see is drawn greedily and
+    can neither end the sequence nor compile a grammar."""
+    if is_token_wanted:
+        return sampling
+    return SamplingSpec(
+        max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=sampling.prompt_logprobs
+    )

@@ -1,0 +1,141 @@
+"""The workers that are registered now: who they are, whether they may serve together, how loaded.
+
+No I/O: the app tells it of messages and of time passing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from baton.contract.codec import PROTOCOL_VERSION
+from baton.contract.errors import ProtocolMismatch, RegistrationRefused, WorkerIdTaken
+from baton.contract.lifecycle import WorkerRole
+from baton.contract.messages import KvLayout, RegisterWorker
+from baton.policy.ledger import WorkerAccount
+
+
+class Worker:
+    """One registered worker. `peer` is its connection, opaque here."""
+
+    __slots__ = ("account", "is_leaving", "last_heard_s", "peer", "registration")
+
+    def __init__(self, registration: RegisterWorker, peer: bytes, now_s: float) -> None:
+        self.registration = registration
+        self.peer = peer
+        self.last_heard_s = now_s
+        self.is_leaving = False
+        self.account = WorkerAccount(
+            registration.worker_id, registration.capacity, registration.layout.block_size_tokens
+        )
+
+    @property
+    def worker_id(self) -> str:
+        return self.registration.worker_id
+
+    @property
+    def role(self) -> WorkerRole:
+        return self.registration.role
+
+
+class FleetView:
+    """Registered workers, by id and by connection."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, Worker] = {}
+        self._by_peer: dict[bytes, Worker] = {}
+        self._accounts: dict[WorkerRole, list[WorkerAccount]] = {role: [] for role in WorkerRole}
+        self.layout: KvLayout | None = None
+        """What all registered workers agree on; None while there is none."""
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._by_id.values())
+
+    def get(self, worker_id: str) -> Worker | None:
+        return self._by_id.get(worker_id)
+
+    def at(self, peer: bytes) -> Worker | None:
+        return self._by_peer.get(peer)
+
+    def accounts(self, role: WorkerRole) -> list[WorkerAccount]:
+        """Accounts of the workers of a role that take new legs."""
+        return self._accounts[role]
+
+    @property
+    def has_pair(self) -> bool:
+        return all(self._accounts.values())
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Longest prompt + output that every worker accepts, in tokens."""
+        return min((w.registration.capacity.max_model_len for w in self), default=None)
+
+    def check(self, registration: RegisterWorker, peer: bytes) -> None:
+        """Raises ProtocolMismatch, RegistrationRefused or WorkerIdTaken with the reason."""
+        if registration.protocol_version != PROTOCOL_VERSION:
+            raise ProtocolMismatch(
+                f"worker {registration.worker_id} speaks protocol {registration.protocol_version}, "
+                f"this coordinator speaks {PROTOCOL_VERSION}"
+            )
+        if not registration.worker_id or len(registration.worker_id) > 128:
+            raise RegistrationRefused(
+                f"a worker id has 1 to 128 characters, this one has {len(registration.worker_id)}"
+            )
+        capacity = registration.capacity
+        for name in ("num_blocks", "max_batch_size", "max_model_len"):
+            if getattr(capacity, name) < 1:
+                raise RegistrationRefused(f"capacity.{name} is {getattr(capacity, name)}, expected at least 1")
+        if registration.layout.block_size_tokens < 1:
+            raise RegistrationRefused(
+                f"layout.block_size_tokens is {registration.layout.block_size_tokens}, expected at least 1"
+            )
+        here = self._by_id.get(registration.worker_id)
+        if here is not None and here.peer != peer and here.registration.boot_id != registration.boot_id:
+            raise WorkerIdTaken(
+                f"worker id {registration.worker_id} is in use by process {here.registration.pid} "
+                f"on {here.registration.host}"
+            )
+        at_peer = self._by_peer.get(peer)
+        if at_peer is not None and at_peer.worker_id != registration.worker_id:
+            raise RegistrationRefused(
+                f"this connection is already registered as {at_peer.worker_id}, not {registration.worker_id}"
+            )
+        if self.layout is not None and any(w.worker_id != registration.worker_id for w in self):
+            self._check_layout(registration)
+
+    def _check_layout(self, registration: RegisterWorker) -> None:
+        ours, theirs = msgspec.structs.asdict(self.layout), msgspec.structs.asdict(registration.layout)
+        for field, expected in ours.items():
+            if theirs[field] != expected:
+                raise RegistrationRefused(
+                    f"worker {registration.worker_id} cannot join: {field} is {theirs[field]!r}, "
+                    f"this fleet has {expected!r}"
+                )
+
+    def add(self, registration: RegisterWorker, peer: bytes, now_s: float) -> Worker:
+        """Call after `check`; a worker that registers again starts with an empty account."""
+        self.remove(registration.worker_id)
+        worker = Worker(registration, peer, now_s)
+        self._by_id[worker.worker_id] = worker
+        self._by_peer[peer] = worker
+        self._accounts[worker.role].append(worker.account)
+        self.layout = registration.layout
+        return worker
+
+    def mark_leaving(self, worker: Worker) -> None:
+        """The worker gets no new legs; those it has go on."""
+        if not worker.is_leaving:
+            worker.is_leaving = True
+            self._accounts[worker.role].remove(worker.account)
+
+    def remove(self, worker_id: str) -> Worker | None:
+        worker = self._by_id.pop(worker_id, None)
+        if worker is None:
+            return None
+        self._by_peer.pop(worker.peer, None)
+        if not worker.is_leaving:
+            self._accounts[worker.role].remove(worker.account)
+        if not self._by_id:
+            self.layout = None
+        return worker

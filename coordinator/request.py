@@ -1,0 +1,84 @@
+"""One request in the coordinator: its state, its current attempt, and when each phase began."""
+
+from __future__ import annotations
+
+from baton.contract.lifecycle import RequestState, WorkerRole, check_move
+from baton.contract.messages import KvSource, PhaseTimes, Placement, TokenLogprobs
+from baton.contract.tokens import num_token_ids
+from coordinator.first_token import reason_for_decode
+from coordinator.intake import ResultSink, Submission
+
+
+class Request:
+    """Owned by the core; moves only along LEGAL_MOVES."""
+
+    __slots__ = (
+        "decode_worker", "dispatched_s", "entered_s", "first_decode_s", "first_token_by",
+        "first_token_reason", "handoff_id", "kv_source", "last_decode_worker", "last_prefill_worker",
+        "num_attempts", "num_cached_tokens", "num_output_tokens", "num_prompt_tokens", "placement",
+        "prefill_finished_s", "prefill_worker", "progress_s", "prompt_logprobs",
+        "prompt_token_ids", "sink", "state", "submission", "submitted_s",
+    )  # fmt: skip
+
+    def __init__(self, submission: Submission, sink: ResultSink, now_s: float) -> None:
+        self.submission = submission
+        self.sink = sink
+        self.state = RequestState.QUEUED
+        self.num_prompt_tokens = num_token_ids(submission.prompt_token_ids)
+        self.num_output_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_attempts = 0
+        self.handoff_id = ""
+        """Names the current attempt; empty before the first."""
+        self.prefill_worker: str | None = None
+        """Worker of this attempt that still has something of ours; None: nobody, or let go."""
+        self.decode_worker: str | None = None
+        self.last_prefill_worker: str | None = None
+        self.last_decode_worker: str | None = None
+        self.kv_source: KvSource | None = None
+        self.prompt_token_ids: bytes | None = None
+        """What the decode worker continues from; set once the prompt has been computed."""
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        reason = reason_for_decode(submission.sampling)
+        self.first_token_by = WorkerRole.PREFILL if reason is None else WorkerRole.DECODE
+        self.first_token_reason = reason or "ready when prefill ends"
+        self.placement = Placement()
+        self.submitted_s = self.progress_s = self.entered_s = now_s
+        self.dispatched_s: float | None = None
+        self.prefill_finished_s: float | None = None
+        self.first_decode_s: float | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.submission.request_id
+
+    @property
+    def needs_decode(self) -> bool:
+        return self.submission.sampling.max_tokens > 1
+
+    def move(self, state: RequestState, now_s: float) -> None:
+        """Raises IllegalMove and changes nothing if the table does not list the move."""
+        check_move(self.state, state)
+        self.state = state
+        self.progress_s = self.entered_s = now_s
+
+    def update_placement(self) -> None:
+        self.placement = Placement(
+            prefill_worker=self.last_prefill_worker,
+            decode_worker=self.last_decode_worker if self.needs_decode else None,
+            first_token_by=self.first_token_by,
+            first_token_reason=self.first_token_reason,
+            num_attempts=max(1, self.num_attempts),
+        )
+
+    def phases(self, now_s: float) -> PhaseTimes:
+        """Consecutive spans of the last attempt, so that they add up to now - submitted."""
+        marks = [self.dispatched_s, self.prefill_finished_s, self.first_decode_s]
+        spans = []
+        start_s = self.submitted_s
+        for mark in marks:
+            end_s = now_s if mark is None else mark
+            spans.append(end_s - start_s)
+            start_s = end_s
+        spans.append(now_s - start_s)
+        return PhaseTimes(queue_s=spans[0], prefill_s=spans[1], handoff_s=spans[2], decode_s=spans[3])

@@ -1,0 +1,50 @@
+"""What a coordinator can be told. Flags and YAML keys derive from these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from baton.settings import option
+from baton.wire.endpoints import (
+    DEFAULT_CLIENT_PORT,
+    DEFAULT_FLEET_PORT,
+    DEFAULT_HOST,
+    DEFAULT_HTTP_PORT,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorSettings:
+    host: str = option(DEFAULT_HOST, "address to listen on; loopback unless told, since nothing is encrypted")
+    http_port: int = option(DEFAULT_HTTP_PORT, "port of the HTTP door; 0 chooses a free one")
+    fleet_port: int = option(DEFAULT_FLEET_PORT, "port workers connect to")
+    client_port: int = option(DEFAULT_CLIENT_PORT, "port of the ZeroMQ door")
+    model: str | None = option(
+        None, "model path or name whose tokenizer the doors use; absent: what the first worker registers"
+    )
+    tokenizer: Literal["model", "none"] = option(
+        "model", "`none` serves token-id prompts only and loads no tokenizer"
+    )
+    served_model_name: tuple[str, ...] = option(
+        (), "name clients may use for the model; repeat for several; absent: its path and last component"
+    )
+    api_key: str | None = option(None, "clients must send it as a bearer token")
+    max_queued: int = option(4096, "requests waiting for a worker; beyond it clients hear 429")
+    max_attempts: int = option(3, "how often one request is tried on the fleet")
+    transfer_failure_policy: Literal["recompute", "fail"] = option(
+        "recompute", "what happens when KV does not arrive: compute the prompt on the decode worker, or an error"
+    )
+    queue_timeout_s: float = option(120.0, "longest wait for a worker, seconds")
+    prefill_timeout_s: float = option(300.0, "longest prefill, its queue on the worker included, seconds")
+    handoff_timeout_s: float = option(
+        20.0, "longest time from KV ready to the decode worker's first token, seconds; below the KV lease"
+    )
+    decode_stall_timeout_s: float = option(60.0, "longest silence between two tokens, seconds")
+    heartbeat_interval_s: float = option(0.5, "how often workers report, seconds")
+    heartbeat_timeout_s: float = option(
+        10.0, "silence after which a worker is given up, seconds; a starved laptop can be silent for several"
+    )
+    drain_timeout_s: float = option(30.0, "how long running requests may finish at shutdown, seconds")
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severe log line shown")
+    exit_with_parent: bool = option(False, "die when the process that started this one dies")
