@@ -18,10 +18,10 @@ from baton.contract import codec
 from baton.contract.errors import ProtocolMismatch, ServingError
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import (
-    CoordinatorMessage,
     DrainWorker,
     Heartbeat,
     LegFailed,
+    Message,
     PrefillFinished,
     RegisterAgain,
     RegisterWorker,
@@ -211,30 +211,28 @@ class Coordinator:
 
     def _perform(self, actions: Iterable[Action]) -> None:
         for action in actions:
-            if type(action) is Deliver:
+            if isinstance(action, Deliver):
                 action.sink.on_delta(action.delta, action.placement)
-            elif type(action) is Send:
+            elif isinstance(action, Send):
                 self._send_to(action)
             else:
                 self._finish(action)
 
     def _send_to(self, action: Send) -> None:
         worker = self._core.fleet.get(action.worker_id)
-        if worker is not None and not self._send(worker.peer, action.message):  # type: ignore[arg-type]
+        if worker is not None and not self._send(worker.peer, action.message):
             logger.warning("worker lost worker_id=%s reason='connection gone'", action.worker_id)
             now_s = self._clock.now_s()
             self._perform(self._core.worker_lost(action.worker_id, "its connection is gone", now_s))
 
-    def _send(self, peer: bytes, message: CoordinatorMessage) -> bool:
+    def _send(self, peer: bytes, message: Message) -> bool:
         return self._fleet_channel.send(peer, codec.encode(message))
 
     def _finish(self, action: Finish) -> None:
         report = action.report
         if request_log.isEnabledFor(logging.INFO):
             logged = msgspec.structs.replace(report, prompt_logprobs=None)
-            line = _RequestLogLine(
-                request_id=action.request_id, handoff_id=action.handoff_id, report=logged
-            )
+            line = _RequestLogLine(request_id=action.request_id, handoff_id=action.handoff_id, report=logged)
             request_log.info("%s", msgspec.json.encode(line).decode())
         for callback in self.on_finished:
             callback(report)

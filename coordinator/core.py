@@ -227,7 +227,9 @@ class Core:
             request.update_placement()
             actions.append(Deliver(request.sink, delta, request.placement))
             if is_last:
-                return actions + self._finish(request, Outcome.COMPLETED, now_s, last=delta) + self._pump(now_s)
+                return (
+                    actions + self._finish(request, Outcome.COMPLETED, now_s, last=delta) + self._pump(now_s)
+                )
         request.kv_source = message.kv_source
         request.move(RequestState.HANDING_OFF, now_s)
         actions.append(self._start_decode(request, message.kv_source))
@@ -276,7 +278,8 @@ class Core:
             limit_s = self._phase_limit_s(request.state)
             if now_s - request.progress_s <= limit_s:
                 continue
-            worker_id = request.decode_worker if request.prefill_finished_s else request.prefill_worker
+            is_prefill = request.state is RequestState.PREFILLING
+            worker_id = request.prefill_worker if is_prefill else request.decode_worker
             error = PhaseTimeout(
                 f"no progress in {request.state.value} for {limit_s:g} s"
                 + (f" on worker {worker_id}" if worker_id else ""),
@@ -490,7 +493,9 @@ class Core:
 
     @staticmethod
     def _log_dropped(what: str, handoff_id: str, worker: Worker) -> None:
-        logger.info("late message dropped what=%s handoff_id=%s worker_id=%s", what, handoff_id, worker.worker_id)
+        logger.info(
+            "late message dropped what=%s handoff_id=%s worker_id=%s", what, handoff_id, worker.worker_id
+        )
 
     def check_idle(self) -> Iterable[WorkerAccount]:
         """Accounts that are not zero although no request is in flight: always empty."""

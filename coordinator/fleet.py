@@ -85,7 +85,9 @@ class FleetView:
         capacity = registration.capacity
         for name in ("num_blocks", "max_batch_size", "max_model_len"):
             if getattr(capacity, name) < 1:
-                raise RegistrationRefused(f"capacity.{name} is {getattr(capacity, name)}, expected at least 1")
+                raise RegistrationRefused(
+                    f"capacity.{name} is {getattr(capacity, name)}, expected at least 1"
+                )
         if registration.layout.block_size_tokens < 1:
             raise RegistrationRefused(
                 f"layout.block_size_tokens is {registration.layout.block_size_tokens}, expected at least 1"
@@ -102,10 +104,11 @@ class FleetView:
                 f"this connection is already registered as {at_peer.worker_id}, not {registration.worker_id}"
             )
         if self.layout is not None and any(w.worker_id != registration.worker_id for w in self):
-            self._check_layout(registration)
+            self._check_layout(registration, self.layout)
 
-    def _check_layout(self, registration: RegisterWorker) -> None:
-        ours, theirs = msgspec.structs.asdict(self.layout), msgspec.structs.asdict(registration.layout)
+    @staticmethod
+    def _check_layout(registration: RegisterWorker, layout: KvLayout) -> None:
+        ours, theirs = msgspec.structs.asdict(layout), msgspec.structs.asdict(registration.layout)
         for field, expected in ours.items():
             if theirs[field] != expected:
                 raise RegistrationRefused(

@@ -33,7 +33,8 @@ class CoordinatorSettings:
     max_queued: int = option(4096, "requests waiting for a worker; beyond it clients hear 429")
     max_attempts: int = option(3, "how often one request is tried on the fleet")
     transfer_failure_policy: Literal["recompute", "fail"] = option(
-        "recompute", "what happens when KV does not arrive: compute the prompt on the decode worker, or an error"
+        "recompute",
+        "what happens when KV does not arrive: compute the prompt on the decode worker, or an error",
     )
     queue_timeout_s: float = option(120.0, "longest wait for a worker, seconds")
     prefill_timeout_s: float = option(300.0, "longest prefill, its queue on the worker included, seconds")

@@ -45,9 +45,7 @@ class AsyncStream:
             message = await asyncio.wait_for(self._inbox.get(), self._timeout_s)
         except TimeoutError:
             self.abort()
-            raise PeerError(
-                f"nothing heard from {self._client.address} for {self._timeout_s:g} s"
-            ) from None
+            raise PeerError(f"nothing heard from {self._client.address} for {self._timeout_s:g} s") from None
         if isinstance(message, RequestDelta):
             return message
         if isinstance(message, RequestRefused):
@@ -65,7 +63,9 @@ class AsyncStream:
 class AsyncBatonClient:
     """One connection to a coordinator. Use as an async context manager, or call `close`."""
 
-    def __init__(self, address: str = f"127.0.0.1:{DEFAULT_CLIENT_PORT}", *, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self, address: str = f"127.0.0.1:{DEFAULT_CLIENT_PORT}", *, timeout_s: float = 300.0
+    ) -> None:
         """`address`: host:port of the coordinator's ZeroMQ door. `timeout_s`: longest silence of a
         stream. Connects in the background; needs a running event loop."""
         host, port = parse_address(address, DEFAULT_CLIENT_PORT)

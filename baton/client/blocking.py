@@ -30,7 +30,9 @@ class Generation:
 class BatonClient:
     """Blocking client; safe to use from several threads. A context manager."""
 
-    def __init__(self, address: str = f"127.0.0.1:{DEFAULT_CLIENT_PORT}", *, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self, address: str = f"127.0.0.1:{DEFAULT_CLIENT_PORT}", *, timeout_s: float = 300.0
+    ) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="baton-client", daemon=True)
         self._thread.start()

@@ -41,9 +41,7 @@ LEGAL_MOVES: dict[RequestState, frozenset[RequestState]] = {
     RequestState.PREFILLING: frozenset(
         {RequestState.HANDING_OFF, RequestState.QUEUED, RequestState.FINISHED}
     ),
-    RequestState.HANDING_OFF: frozenset(
-        {RequestState.DECODING, RequestState.QUEUED, RequestState.FINISHED}
-    ),
+    RequestState.HANDING_OFF: frozenset({RequestState.DECODING, RequestState.QUEUED, RequestState.FINISHED}),
     RequestState.DECODING: frozenset({RequestState.FINISHED}),
     RequestState.FINISHED: frozenset(),
 }

@@ -19,6 +19,4 @@ class FewestQueuedTokens:
         """Ties go to fewer legs, then to the worker id, so that a decision can be replayed."""
         if len(accounts) == 1:
             return accounts[0]
-        return min(
-            accounts, key=lambda a: (a.num_queued_tokens, a.num_legs, a.worker_id), default=None
-        )
+        return min(accounts, key=lambda a: (a.num_queued_tokens, a.num_legs, a.worker_id), default=None)

@@ -42,13 +42,14 @@ class _Channel:
             (zmq.IPV6, 1),
         ):
             self._socket.setsockopt(option, value)
+        self._fd = int(self._socket.getsockopt(zmq.FD))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wakeup: asyncio.Handle | None = None
 
     def start(self) -> None:
         """Begin to deliver; call on the loop that will run the callbacks."""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._drain)
+        self._loop.add_reader(self._fd, self._drain)
         self._drain_soon()
 
     def close(self, linger_ms: int = 0) -> None:
@@ -56,7 +57,7 @@ class _Channel:
         if self._socket.closed:
             return
         if self._loop is not None:
-            self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
+            self._loop.remove_reader(self._fd)
         if self._wakeup is not None:
             self._wakeup.cancel()
         self._socket.close(linger=linger_ms)
@@ -66,7 +67,7 @@ class _Channel:
             self._wakeup = self._loop.call_soon(self._drain)
 
     def _after_send(self) -> None:
-        if self._wakeup is None and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+        if self._wakeup is None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._drain_soon()
 
     def _drain(self) -> None:
