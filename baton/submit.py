@@ -10,7 +10,7 @@ import msgspec
 
 from baton.client import BatonClient
 from baton.contract.errors import ServingError
-from baton.wire.endpoints import DEFAULT_CLIENT_PORT
+from baton.wire.endpoints import DEFAULT_CLIENT_ADDRESS
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -54,9 +54,7 @@ def _run(client: BatonClient, prompt: str, options: dict[str, object], arguments
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="baton submit", description=__doc__)
     parser.add_argument("prompt", nargs="?", help="the text; absent: standard input")
-    parser.add_argument(
-        "--address", default=f"127.0.0.1:{DEFAULT_CLIENT_PORT}", help="host:port of the ZeroMQ door"
-    )
+    parser.add_argument("--address", default=DEFAULT_CLIENT_ADDRESS, help="host:port of the ZeroMQ door")
     parser.add_argument("--model", help="served model name; absent: the fleet's model")
     parser.add_argument("--chat", action="store_true", help="send as a chat turn, with the chat template")
     parser.add_argument("--max-tokens", type=int)

@@ -23,12 +23,7 @@ import msgspec
 from baton.contract.errors import (
     Aborted,
     Draining,
-    DuplicateRequest,
-    ErrorReport,
-    InvalidRequest,
-    NoWorkers,
     PhaseTimeout,
-    PromptTooLong,
     QueueFull,
     ServingError,
     WorkerLost,
@@ -42,7 +37,6 @@ from baton.contract.messages import (
     LegFailed,
     PrefillFinished,
     RegisterWorker,
-    RequestReport,
     SequenceDelta,
     StartDecode,
     StartPrefill,
@@ -52,11 +46,12 @@ from baton.contract.tokens import pack_token_ids
 from baton.policy.base import DecodePolicy, PrefillPolicy, RequestFacts, num_blocks_wanted
 from baton.policy.ledger import WorkerAccount
 from coordinator.actions import Action, Deliver, Finish, Send
+from coordinator.admission import check_acceptable
 from coordinator.drain_rate import DrainRate
 from coordinator.first_token import is_usable, prefill_spec
 from coordinator.fleet import FleetView, Worker
 from coordinator.intake import FleetFacts, ResultSink, Submission
-from coordinator.request import Request
+from coordinator.request import Request, final_report
 
 logger = logging.getLogger("baton.coordinator")
 
@@ -121,7 +116,14 @@ class Core:
     def submit(self, submission: Submission, sink: ResultSink, now_s: float) -> list[Action]:
         """Raises ServingError and accepts nothing; see `Intake.submit`."""
         request = Request(submission, sink, now_s)
-        self._check(request, now_s)
+        check_acceptable(
+            request, self.fleet, is_draining=self.is_draining, is_known=request.request_id in self._requests
+        )
+        if len(self._queue) >= self._settings.max_queued:
+            raise QueueFull(
+                f"{len(self._queue)} requests are queued, the limit is {self._settings.max_queued}",
+                retry_after_s=self._drain_rate.seconds_for(len(self._queue), now_s),
+            )
         self._requests[request.request_id] = request
         self._queue.append(request)
         return self._pump(now_s)
@@ -132,44 +134,6 @@ class Core:
             return []
         actions = self._finish(request, Outcome.ABORTED, now_s, error=Aborted("the client left"))
         return actions + self._pump(now_s)
-
-    def _check(self, request: Request, now_s: float) -> None:
-        sampling, num_prompt = request.submission.sampling, request.num_prompt_tokens
-        if self.is_draining:
-            raise Draining("this coordinator is shutting down and takes no new requests", retry_after_s=5)
-        if request.request_id in self._requests:
-            raise DuplicateRequest(f"request id {request.request_id!r} is already in flight")
-        limit = self.fleet.max_model_len
-        if limit is None or not self.fleet.has_pair:
-            missing = [role.value for role in WorkerRole if not self.fleet.accounts(role)]
-            raise NoWorkers(f"no {' and no '.join(missing)} worker is ready", retry_after_s=1)
-        if num_prompt < 1:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if num_prompt + 1 > limit:
-            raise PromptTooLong(
-                f"prompt has {num_prompt} tokens, this fleet accepts {limit - 1} and one of output",
-                param="prompt",
-            )
-        if sampling.max_tokens < 1 or num_prompt + sampling.max_tokens > limit:
-            raise InvalidRequest(
-                f"max_tokens is {sampling.max_tokens}; with a prompt of {num_prompt} tokens this fleet "
-                f"accepts 1 to {limit - num_prompt}",
-                param="max_tokens",
-            )
-        for role in WorkerRole:
-            accounts = self.fleet.accounts(role)
-            if all(a.num_blocks_for(num_prompt + 1) > a.capacity.num_blocks for a in accounts):
-                largest = max(accounts, key=lambda a: a.capacity.num_blocks * a.block_size_tokens)
-                raise PromptTooLong(
-                    f"prompt has {num_prompt} tokens, the largest {role.value} worker holds "
-                    f"{largest.capacity.num_blocks * largest.block_size_tokens} in its KV cache",
-                    param="prompt",
-                )
-        if len(self._queue) >= self._settings.max_queued:
-            raise QueueFull(
-                f"{len(self._queue)} requests are queued, the limit is {self._settings.max_queued}",
-                retry_after_s=self._drain_rate.seconds_for(len(self._queue), now_s),
-            )
 
     # ── workers ──────────────────────────────────────────────────────────────────────────────
 
@@ -475,7 +439,7 @@ class Core:
         self._drain_rate.count(now_s)
         actions.append(
             Finish(request.sink, request.request_id, request.handoff_id,
-                   _report(request, outcome, now_s, last, error))
+                   final_report(request, outcome, now_s, last, error))
         )  # fmt: skip
         return actions
 
@@ -502,27 +466,3 @@ class Core:
         if self._requests:
             return []
         return [w.account for w in self.fleet if w.account.num_legs or w.account.num_reserved_blocks]
-
-
-def _report(
-    request: Request,
-    outcome: Outcome,
-    now_s: float,
-    last: SequenceDelta | None,
-    error: ServingError | None,
-) -> RequestReport:
-    was_moved = request.first_decode_s is not None and request.kv_source is not None
-    error_report: ErrorReport | None = error.report() if error is not None else None
-    return RequestReport(
-        outcome=outcome,
-        error=error_report,
-        finish_reason=last.finish_reason if last is not None else None,
-        stop_reason=last.stop_reason if last is not None else None,
-        num_prompt_tokens=request.num_prompt_tokens,
-        num_output_tokens=request.num_output_tokens,
-        num_cached_tokens=request.num_cached_tokens,
-        kv_bytes=request.kv_source.num_bytes if was_moved and request.kv_source else 0,
-        placement=request.placement,
-        phases=request.phases(now_s),
-        prompt_logprobs=request.prompt_logprobs,
-    )

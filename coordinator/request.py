@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from baton.contract.lifecycle import RequestState, WorkerRole, check_move
-from baton.contract.messages import KvSource, PhaseTimes, Placement, TokenLogprobs
+from baton.contract.errors import ServingError
+from baton.contract.lifecycle import Outcome, RequestState, WorkerRole, check_move
+from baton.contract.messages import (
+    KvSource,
+    PhaseTimes,
+    Placement,
+    RequestReport,
+    SequenceDelta,
+    TokenLogprobs,
+)
 from baton.contract.tokens import num_token_ids
 from coordinator.first_token import reason_for_decode
 from coordinator.intake import ResultSink, Submission
@@ -82,3 +90,26 @@ class Request:
             start_s = end_s
         spans.append(now_s - start_s)
         return PhaseTimes(queue_s=spans[0], prefill_s=spans[1], handoff_s=spans[2], decode_s=spans[3])
+
+
+def final_report(
+    request: Request,
+    outcome: Outcome,
+    now_s: float,
+    last: SequenceDelta | None,
+    error: ServingError | None,
+) -> RequestReport:
+    was_moved = request.first_decode_s is not None and request.kv_source is not None
+    return RequestReport(
+        outcome=outcome,
+        error=error.report() if error is not None else None,
+        finish_reason=last.finish_reason if last is not None else None,
+        stop_reason=last.stop_reason if last is not None else None,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_output_tokens=request.num_output_tokens,
+        num_cached_tokens=request.num_cached_tokens,
+        kv_bytes=request.kv_source.num_bytes if was_moved and request.kv_source else 0,
+        placement=request.placement,
+        phases=request.phases(now_s),
+        prompt_logprobs=request.prompt_logprobs,
+    )

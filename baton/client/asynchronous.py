@@ -19,7 +19,7 @@ from baton.contract.messages import (
     RequestReport,
 )
 from baton.wire.channels import DealerChannel
-from baton.wire.endpoints import DEFAULT_CLIENT_PORT, parse_address, tcp
+from baton.wire.endpoints import DEFAULT_CLIENT_ADDRESS, DEFAULT_CLIENT_PORT, parse_address, tcp
 
 
 class AsyncStream:
@@ -63,9 +63,7 @@ class AsyncStream:
 class AsyncBatonClient:
     """One connection to a coordinator. Use as an async context manager, or call `close`."""
 
-    def __init__(
-        self, address: str = f"127.0.0.1:{DEFAULT_CLIENT_PORT}", *, timeout_s: float = 300.0
-    ) -> None:
+    def __init__(self, address: str = DEFAULT_CLIENT_ADDRESS, *, timeout_s: float = 300.0) -> None:
         """`address`: host:port of the coordinator's ZeroMQ door. `timeout_s`: longest silence of a
         stream. Connects in the background; needs a running event loop."""
         host, port = parse_address(address, DEFAULT_CLIENT_PORT)

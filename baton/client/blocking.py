@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from baton.client.asynchronous import AsyncBatonClient, AsyncStream
 from baton.client.submission import Prompt
 from baton.contract.messages import RequestDelta, RequestReport
-from baton.wire.endpoints import DEFAULT_CLIENT_PORT
+from baton.wire.endpoints import DEFAULT_CLIENT_ADDRESS
 
 T = TypeVar("T")
 
@@ -30,9 +30,7 @@ class Generation:
 class BatonClient:
     """Blocking client; safe to use from several threads. A context manager."""
 
-    def __init__(
-        self, address: str = f"127.0.0.1:{DEFAULT_CLIENT_PORT}", *, timeout_s: float = 300.0
-    ) -> None:
+    def __init__(self, address: str = DEFAULT_CLIENT_ADDRESS, *, timeout_s: float = 300.0) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="baton-client", daemon=True)
         self._thread.start()

@@ -96,7 +96,7 @@ def check_sampling(spec: SamplingSpec) -> None:
                   if getattr(spec.structured_output, name) is not None]  # fmt: skip
         if len(fields) != 1:
             raise InvalidRequest(
-                f"structured_output sets {len(fields)} constraints ({', '.join(fields)}), expected exactly one",
+                f"structured_output sets {len(fields)} constraints ({', '.join(fields)}), expected one",
                 param="structured_output",
             )
 

@@ -39,7 +39,6 @@ class _Channel:
             (zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES),
             (zmq.HEARTBEAT_IVL, KEEPALIVE_MS),
             (zmq.HEARTBEAT_TIMEOUT, 3 * KEEPALIVE_MS),
-            (zmq.IPV6, 1),
         ):
             self._socket.setsockopt(option, value)
         self._fd = int(self._socket.getsockopt(zmq.FD))
@@ -61,6 +60,9 @@ class _Channel:
         if self._wakeup is not None:
             self._wakeup.cancel()
         self._socket.close(linger=linger_ms)
+
+    def _allow_ipv6(self, address: str) -> None:
+        self._socket.setsockopt(zmq.IPV6, address.startswith("tcp://["))
 
     def _drain_soon(self) -> None:
         if self._loop is not None and self._wakeup is None:
@@ -101,6 +103,7 @@ class RouterChannel(_Channel):
 
     def bind(self, address: str) -> str:
         """Returns the address with the real port. Raises OSError naming an address that is taken."""
+        self._allow_ipv6(address)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -134,6 +137,7 @@ class DealerChannel(_Channel):
         self._on_frames = on_frames
 
     def connect(self, address: str) -> None:
+        self._allow_ipv6(address)
         self._socket.connect(address)
 
     def send(self, frame: bytes) -> bool:

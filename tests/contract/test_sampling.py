@@ -24,7 +24,7 @@ from baton.contract.sampling import SamplingSpec, StructuredOutput, check_sampli
         ({"logit_bias": {3: 200.0}}, "logit_bias of token 3 is 200.0"),
         (
             {"structured_output": StructuredOutput(regex="a", choice=["b"])},
-            "sets 2 constraints .regex, choice., expected exactly one",
+            "sets 2 constraints .regex, choice., expected one",
         ),
     ],
     ids=lambda v: str(v)[:40],

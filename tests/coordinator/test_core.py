@@ -332,7 +332,7 @@ def test_duplicated_and_late_prefill_results_change_nothing(bench):
 def test_refusals_name_both_numbers(bench):
     with pytest.raises(PromptTooLong, match="prompt has 600 tokens, this fleet accepts 511"):
         bench.submit("r", num_prompt_tokens=600)
-    with pytest.raises(InvalidRequest, match="max_tokens is 500; with a prompt of 20 tokens .* 1 to 492"):
+    with pytest.raises(InvalidRequest, match=r"max_tokens is 500; with a prompt of 20 tokens .* 1 to 492"):
         bench.submit("r", max_tokens=500)
     with pytest.raises(InvalidRequest, match="max_tokens is 0"):
         bench.submit("r", max_tokens=0)

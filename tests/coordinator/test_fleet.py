@@ -45,7 +45,7 @@ def test_the_same_process_may_register_again_on_a_new_connection(bench, make_reg
 
 
 def test_nonsense_capacity_is_refused(bench, make_registration):
-    with pytest.raises(RegistrationRefused, match="capacity.num_blocks is 0"):
+    with pytest.raises(RegistrationRefused, match=r"capacity\.num_blocks is 0"):
         bench.core.fleet.check(make_registration("d1", D, num_blocks=0), b"d1")
 
 

@@ -1,0 +1,50 @@
+"""Whether a request can be served at all: said before anything is computed for it, with numbers."""
+
+from __future__ import annotations
+
+from baton.contract.errors import (
+    Draining,
+    DuplicateRequest,
+    InvalidRequest,
+    NoWorkers,
+    PromptTooLong,
+)
+from baton.contract.lifecycle import WorkerRole
+from coordinator.fleet import FleetView
+from coordinator.request import Request
+
+
+def check_acceptable(request: Request, fleet: FleetView, *, is_draining: bool, is_known: bool) -> None:
+    """Raises Draining, DuplicateRequest, NoWorkers, InvalidRequest or PromptTooLong. A full queue is
+    not this function's business: it depends on when one asks, not on the request."""
+    sampling, num_prompt = request.submission.sampling, request.num_prompt_tokens
+    if is_draining:
+        raise Draining("this coordinator is shutting down and takes no new requests", retry_after_s=5)
+    if is_known:
+        raise DuplicateRequest(f"request id {request.request_id!r} is already in flight")
+    limit = fleet.max_model_len
+    if limit is None or not fleet.has_pair:
+        missing = [role.value for role in WorkerRole if not fleet.accounts(role)]
+        raise NoWorkers(f"no {' and no '.join(missing)} worker is ready", retry_after_s=1)
+    if num_prompt < 1:
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    if num_prompt + 1 > limit:
+        raise PromptTooLong(
+            f"prompt has {num_prompt} tokens, this fleet accepts {limit - 1} and one of output",
+            param="prompt",
+        )
+    if sampling.max_tokens < 1 or num_prompt + sampling.max_tokens > limit:
+        raise InvalidRequest(
+            f"max_tokens is {sampling.max_tokens}; with a prompt of {num_prompt} tokens this fleet "
+            f"accepts 1 to {limit - num_prompt}",
+            param="max_tokens",
+        )
+    for role in WorkerRole:
+        accounts = fleet.accounts(role)
+        if all(a.num_blocks_for(num_prompt + 1) > a.capacity.num_blocks for a in accounts):
+            largest = max(accounts, key=lambda a: a.capacity.num_blocks * a.block_size_tokens)
+            raise PromptTooLong(
+                f"prompt has {num_prompt} tokens, the largest {role.value} worker holds "
+                f"{largest.capacity.num_blocks * largest.block_size_tokens} in its KV cache",
+                param="prompt",
+            )

@@ -1,0 +1,134 @@
+"""Frames over real sockets on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+
+import pytest
+
+from baton.wire.channels import DRAIN_BATCH, DealerChannel, RouterChannel
+from baton.wire.endpoints import free_port, is_port_free, parse_address, tcp
+
+
+class Inbox:
+    def __init__(self) -> None:
+        self.items: list[tuple[bytes, list[bytes]]] = []
+        self._changed = asyncio.Event()
+
+    def from_peer(self, peer: bytes, frames: list[bytes]) -> None:
+        self.items.append((peer, frames))
+        self._changed.set()
+
+    def plain(self, frames: list[bytes]) -> None:
+        self.from_peer(b"", frames)
+
+    async def wait_for(self, count: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self.items) < count:
+                self._changed.clear()
+                await self._changed.wait()
+
+
+def test_messages_go_both_ways_and_none_is_left_behind():
+    """More messages than one drain takes, sent in one go: the edge-triggered descriptor must not
+    leave the rest lying."""
+    count = 3 * DRAIN_BATCH + 7
+
+    async def scenario() -> None:
+        there, back = Inbox(), Inbox()
+        router, dealer = RouterChannel(there.from_peer), DealerChannel(back.plain)
+        dealer.connect(router.bind("tcp://127.0.0.1:*"))
+        router.start()
+        dealer.start()
+        for i in range(count):
+            assert dealer.send(b"%d" % i)
+        await there.wait_for(count)
+        assert [frames for _, frames in there.items] == [[b"%d" % i] for i in range(count)]
+        peer = there.items[0][0]
+        for i in range(count):
+            assert router.send(peer, b"%d" % i)
+        await back.wait_for(count)
+        dealer.close()
+        router.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_reply_that_arrives_while_sending_is_not_forgotten():
+    """Ping-pong: each side only ever sends from its own callback."""
+
+    async def scenario() -> None:
+        done = asyncio.Event()
+        router = RouterChannel(lambda peer, frames: router.send(peer, frames[0]) and None)
+
+        def pong(frames: list[bytes]) -> None:
+            n = int(frames[0])
+            if n == 500:
+                done.set()
+            else:
+                dealer.send(b"%d" % (n + 1))
+
+        dealer = DealerChannel(pong)
+        dealer.connect(router.bind("tcp://127.0.0.1:*"))
+        router.start()
+        dealer.start()
+        dealer.send(b"0")
+        async with asyncio.timeout(10):
+            await done.wait()
+        dealer.close()
+        router.close()
+
+    asyncio.run(scenario())
+
+
+def test_sending_to_a_peer_that_is_not_there_says_so():
+    async def scenario() -> None:
+        router = RouterChannel(lambda peer, frames: None)
+        router.bind("tcp://127.0.0.1:*")
+        router.start()
+        assert not router.send(b"nobody", b"x")
+        router.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_taken_address_is_named():
+    async def scenario() -> None:
+        first, second = (RouterChannel(lambda peer, frames: None) for _ in range(2))
+        address = first.bind("tcp://127.0.0.1:*")
+        with pytest.raises(OSError, match="cannot listen on tcp://127.0.0.1") as refusal:
+            second.bind(address)
+        assert refusal.value.errno == errno.EADDRINUSE
+        first.close()
+        second.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("host:1234", ("host", 1234)),
+        ("tcp://10.0.0.1:7", ("10.0.0.1", 7)),
+        ("host", ("host", 5570)),
+        ("[::1]:8", ("::1", 8)),
+        ("[::1]", ("::1", 5570)),
+    ],
+)
+def test_addresses(text, parsed):
+    assert parse_address(text, 5570) == parsed
+
+
+@pytest.mark.parametrize("text", ["", ":80", "host:port", "host:0", "host:70000"])
+def test_bad_addresses_are_quoted(text):
+    with pytest.raises(ValueError, match="not an address of the form host:port"):
+        parse_address(text, 5570)
+
+
+def test_tcp_brackets_ipv6():
+    assert tcp("::1", 5) == "tcp://[::1]:5" and tcp("h", 5) == "tcp://h:5"
+
+
+def test_free_port_is_free():
+    assert is_port_free("127.0.0.1", free_port())
