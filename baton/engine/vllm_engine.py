@@ -1,0 +1,531 @@
+"""vLLM as an engine: AsyncLLM in this process, its EngineCore (and ranks) in child processes.
+
+A leg is one vLLM request whose id is the handoff id. vLLM's frontend hands each step's outputs out in
+one synchronous loop, to whatever object a request was added with; here that object is the leg
+itself, so a token costs a method call, with no task or queue per request. The stat logger is called
+right after that loop: everything collected since the last call is one step, and is told to the
+listener at once, with the load already current.
+
+What a prefill leg leaves behind, its held KV, is not part of vLLM's request any more. The engine
+remembers it until its lease is over, so that `abort` can still give it back early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import time
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from vllm import __version__ as vllm_version
+from vllm.config import KVTransferConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.inputs.engine import tokens_input
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from baton.contract.errors import (
+    EngineFailed,
+    ErrorReport,
+    InvalidRequest,
+    PromptTooLong,
+    ServingError,
+    TransferFailed,
+)
+from baton.contract.messages import (
+    KvLayout,
+    KvSource,
+    SequenceDelta,
+    StartDecode,
+    StartPrefill,
+    WorkerCapacity,
+    WorkerLoad,
+)
+from baton.contract.sampling import SamplingSpec
+from baton.contract.tokens import unpack_token_ids
+from baton.engine.base import EngineDescription, EngineListener, FinishedPrefill
+from baton.engine.vllm_params import decode_params, output_logprobs, prefill_params, prompt_logprobs
+from baton.engine.vllm_settings import (
+    VllmEngineSettings,
+    choose_side_channel_port,
+    engine_arguments,
+    set_environment,
+    transfer_arguments,
+)
+from baton.engine.vllm_stats import LoadGauge
+from baton.transfer.lease import ReadWindow, time_left_s
+
+logger = logging.getLogger("baton.engine")
+
+SHUTDOWN_GRACE_S = 5.0
+"""How long vLLM waits for its processes to end by themselves before it kills them."""
+
+# The connector's keys. They are strings here because its module loads nixl, which only the engine's
+# child processes need; a test compares them.
+HOLD_UNLESS_STOPPED = "baton_hold_unless_stopped"
+LEASE_END_S = "baton_lease_end_s"
+RELEASE_HELD = "baton_release_held"
+
+
+@dataclass(slots=True, eq=False)
+class _Leg:
+    """One vLLM request. vLLM's output processor calls `put` with its outputs or an exception."""
+
+    engine: VllmEngine
+    handoff_id: str
+    sampling: SamplingSpec
+    num_prompt_tokens: int
+    is_prefill: bool
+    has_kv_source: bool
+    vllm_id: str = ""
+
+    def put(self, output: Any) -> None:
+        self.engine._on_output(self, output)
+
+
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    """KV of a finished prefill leg that a decode worker may still read."""
+
+    vllm_id: str
+    forget_at_s: float
+
+
+class VllmEngine:
+    """Implements `baton.engine.base.Engine`. One per process: vLLM reads the environment."""
+
+    def __init__(self, settings: VllmEngineSettings) -> None:
+        self._settings = settings
+        self._gauge = LoadGauge(on_step_end=self._flush)
+        self._llm: Any = None
+        self._listener: EngineListener | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._legs: dict[str, _Leg] = {}
+        self._holds: dict[str, _Hold] = {}
+        self._pending: list[SequenceDelta] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._supported_tasks: tuple[Any, ...] = ()
+        self._max_model_len = 0
+        self._kv_bytes_per_block = 0
+        self._is_stopping = False
+        self._is_dead = False
+
+    # ── start and stop ────────────────────────────────────────────────────────────────────────
+
+    async def start(self, listener: EngineListener) -> EngineDescription:
+        settings = self._settings
+        self._loop = asyncio.get_running_loop()
+        self._listener = listener
+        port = choose_side_channel_port(settings)
+        set_environment(settings, port)
+        started_s = time.monotonic()
+        logger.info(
+            "engine starting role=%s model=%s device=%s", settings.role.value, settings.model, settings.device
+        )
+        try:
+            async with asyncio.timeout(settings.start_timeout_s):
+                self._llm = await self._construct()
+                self._llm._run_output_handler()
+                self._llm.output_handler.add_done_callback(self._on_output_handler_ended)
+                self._supported_tasks = await self._llm.get_supported_tasks()
+                description = self._describe(port)
+                logger.info("engine loaded took_s=%.1f, warming up", time.monotonic() - started_s)
+                await self._warm_up()
+        except TimeoutError as error:
+            await self.stop()
+            raise EngineFailed(f"engine was not up after {settings.start_timeout_s:.0f} s") from error
+        except BaseException:
+            await self.stop()
+            raise
+        logger.info(
+            "engine ready took_s=%.1f num_blocks=%d block_size_tokens=%d transfer_endpoint=%s",
+            time.monotonic() - started_s,
+            description.capacity.num_blocks,
+            description.layout.block_size_tokens,
+            description.transfer_endpoint,
+        )
+        return description
+
+    async def _construct(self) -> Any:
+        """AsyncLLM's constructor blocks until the child is up: seconds, minutes for a large model."""
+        assert self._loop is not None
+        executor = ThreadPoolExecutor(1, thread_name_prefix="engine-start")
+        children_before = set(multiprocessing.active_children())
+        construction = self._loop.run_in_executor(executor, self._construct_blocking)
+        try:
+            return await asyncio.shield(construction)
+        except asyncio.CancelledError:
+            # The constructor cannot be interrupted, but it notices when its child dies.
+            while not construction.done():
+                for child in set(multiprocessing.active_children()) - children_before:
+                    child.kill()
+                await asyncio.wait([construction], timeout=0.2)
+            if construction.exception() is None:
+                construction.result().shutdown(timeout=0)
+            raise
+        except ServingError:
+            raise
+        except Exception as error:  # whatever vLLM raises about a model or a setting
+            logger.exception("engine did not start")
+            raise EngineFailed(f"engine did not start: {_first_line(error)}") from error
+        finally:
+            executor.shutdown(wait=False)
+
+    def _construct_blocking(self) -> Any:
+        arguments = AsyncEngineArgs(
+            **engine_arguments(self._settings),
+            kv_transfer_config=KVTransferConfig(**transfer_arguments(self._settings)),
+        )
+        return AsyncLLM.from_engine_args(arguments, stat_loggers=[self._gauge.logger_factory()])
+
+    def _describe(self, side_channel_port: int) -> EngineDescription:
+        settings, config = self._settings, self._llm.vllm_config
+        model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+        # Block 0 is vLLM's placeholder and is never handed out.
+        num_blocks = cache.num_gpu_blocks - 1
+        num_kv_heads = model.get_num_kv_heads(parallel) * settings.tensor_parallel_size
+        num_layers = model.get_total_num_hidden_layers()
+        kv_dtype_bytes = _dtype_bytes(cache.cache_dtype, model.dtype)
+        num_tensors = 1 if model.use_mla else 2
+        self._kv_bytes_per_block = (
+            num_tensors
+            * num_layers
+            * num_kv_heads
+            * model.get_head_size()
+            * kv_dtype_bytes
+            * cache.block_size
+        )
+        self._max_model_len = model.max_model_len
+        self._gauge.set_capacity(num_blocks=num_blocks, reads_per_transfer=settings.tensor_parallel_size)
+        return EngineDescription(
+            layout=KvLayout(
+                model=settings.model,
+                engine=f"vllm {vllm_version}",
+                transfer=f"nixl {_nixl_version()}",
+                dtype=str(model.dtype).removeprefix("torch."),
+                num_layers=num_layers,
+                num_kv_heads=model.get_total_num_kv_heads(),
+                head_dim=model.get_head_size(),
+                block_size_tokens=cache.block_size,
+            ),
+            capacity=WorkerCapacity(
+                num_blocks=num_blocks,
+                max_batch_size=config.scheduler_config.max_num_seqs,
+                max_model_len=model.max_model_len,
+                kv_bytes_per_block=self._kv_bytes_per_block,
+            ),
+            tensor_parallel_size=settings.tensor_parallel_size,
+            pipeline_parallel_size=settings.pipeline_parallel_size,
+            transfer_endpoint=f"{settings.side_channel_host}:{side_channel_port}",
+        )
+
+    async def _warm_up(self) -> None:
+        """The first forward pass loads kernels and takes up to a second: pay it before serving."""
+        num_tokens = min(2 * self._settings.block_size_tokens + 1, self._max_model_len - 3)
+        params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+        prompt = tokens_input([1] * max(1, num_tokens))
+        async for _ in self._llm.generate(prompt, params, "warm-up"):
+            pass
+        await self._llm.reset_prefix_cache()
+
+    async def stop(self) -> None:
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        for leg in list(self._legs.values()):
+            self._fail(leg, EngineFailed("engine is stopping"))
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            handler = llm.output_handler
+            await asyncio.to_thread(llm.shutdown, SHUTDOWN_GRACE_S)
+            if handler is not None:
+                await asyncio.wait([handler], timeout=1.0)
+        for task in self._tasks:
+            task.cancel()
+        logger.info("engine stopped")
+
+    # ── legs ──────────────────────────────────────────────────────────────────────────────────
+
+    def start_prefill(self, message: StartPrefill) -> None:
+        hold = {"do_remote_decode": True, "do_remote_prefill": False, HOLD_UNLESS_STOPPED: True}
+        self._start_leg(
+            message.handoff_id,
+            message.prompt_token_ids,
+            message.sampling,
+            is_prefill=True,
+            transfer_params=hold if message.keep_kv else None,
+        )
+
+    def start_decode(self, message: StartDecode) -> None:
+        source = message.kv_source
+        transfer_params = None
+        if source is not None:
+            window = ReadWindow.opened(
+                now_s=time.monotonic(),
+                lease_s=source.lease_s,
+                margin_s=self._settings.kv_lease_margin_s,
+                pull_timeout_s=self._settings.kv_pull_timeout_s,
+            )
+            transfer_params = {**source.transfer_params, LEASE_END_S: window.lease_end_s}
+        self._start_leg(
+            message.handoff_id,
+            message.prompt_token_ids,
+            message.sampling,
+            is_prefill=False,
+            transfer_params=transfer_params,
+        )
+
+    def _start_leg(
+        self,
+        handoff_id: str,
+        packed_token_ids: bytes,
+        sampling: SamplingSpec,
+        *,
+        is_prefill: bool,
+        transfer_params: dict[str, Any] | None,
+    ) -> None:
+        if handoff_id in self._legs:
+            logger.error("leg refused, id in use handoff_id=%s", handoff_id)
+            return
+        leg = _Leg(
+            engine=self,
+            handoff_id=handoff_id,
+            sampling=sampling,
+            num_prompt_tokens=0,
+            is_prefill=is_prefill,
+            has_kv_source=transfer_params is not None and not is_prefill,
+        )
+        self._legs[handoff_id] = leg
+        try:
+            if self._llm is None or self._is_dead or self._is_stopping:
+                raise EngineFailed("engine is not running")
+            token_ids = unpack_token_ids(packed_token_ids)
+            leg.num_prompt_tokens = len(token_ids)
+            self._check_length(len(token_ids))
+            make_params = prefill_params if is_prefill else decode_params
+            request = self._llm.input_processor.process_inputs(
+                handoff_id,
+                tokens_input(token_ids),
+                make_params(sampling, transfer_params),
+                supported_tasks=self._supported_tasks,
+            )
+            self._llm.input_processor.assign_request_id(request)
+            leg.vllm_id = request.request_id
+            self._llm.output_processor.add_request(request, None, None, 0, leg)
+            self._send(self._llm.engine_core.add_request_async(request))
+        except (ServingError, VLLMClientError, ValueError, TypeError) as error:
+            # Told from the loop: a listener is never called from inside a command.
+            self._call_soon(self._fail, leg, error)
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens == 0:
+            raise InvalidRequest("prompt is empty", param="prompt")
+        if num_tokens >= self._max_model_len:
+            raise PromptTooLong(
+                f"prompt has {num_tokens} tokens, this engine accepts {self._max_model_len - 1}",
+                param="prompt",
+            )
+
+    def abort(self, handoff_id: str) -> None:
+        if self._llm is None:
+            return
+        if leg := self._legs.get(handoff_id):
+            # vLLM answers with a last output (finish reason "abort"), which ends the leg.
+            self._send(self._llm.abort(leg.vllm_id, internal=True))
+        elif hold := self._holds.pop(handoff_id, None):
+            self._release(handoff_id, hold.vllm_id)
+
+    def _release(self, handoff_id: str, vllm_id: str) -> None:
+        """Give back held KV now. Carried by a request that vLLM aborts on arrival."""
+        self._send(
+            self._llm.notify_kv_transfer_request_rejected(f"release-{handoff_id}", {RELEASE_HELD: [vllm_id]})
+        )
+
+    def load(self) -> WorkerLoad:
+        return self._gauge.load()
+
+    # ── what vLLM tells ───────────────────────────────────────────────────────────────────────
+
+    def _on_output(self, leg: _Leg, output: Any) -> None:
+        if self._legs.get(leg.handoff_id) is not leg:
+            return
+        if isinstance(output, BaseException):
+            self._fail(leg, EngineFailed(f"engine failed: {_first_line(output)}"))
+            return
+        completion = output.outputs[0]
+        finish_reason = completion.finish_reason if output.finished else None
+        if finish_reason == "abort":
+            self._fail(leg, None)
+        elif finish_reason not in (None, "stop", "length"):
+            self._fail(leg, self._error_of(leg, finish_reason))
+        elif leg.is_prefill:
+            if output.finished:
+                self._finish_prefill(leg, output)
+        else:
+            self._collect(leg, output, finish_reason)
+
+    def _collect(self, leg: _Leg, output: Any, finish_reason: str | None) -> None:
+        completion = output.outputs[0]
+        if finish_reason is None:
+            if not completion.token_ids and not completion.text:
+                return
+        else:
+            del self._legs[leg.handoff_id]
+        if not self._pending:
+            # In a step `record` comes first and flushes; this is for outputs outside of steps.
+            self._call_soon(self._flush)
+        self._pending.append(
+            SequenceDelta(
+                handoff_id=leg.handoff_id,
+                token_ids=list(completion.token_ids),
+                text=completion.text,
+                finish_reason=finish_reason,
+                stop_reason=completion.stop_reason if finish_reason is not None else None,
+                logprobs=output_logprobs(completion.logprobs),
+                # vLLM's count mixes pulled with cached tokens, so only legs without a source have one.
+                num_cached_tokens=output.num_cached_tokens
+                if finish_reason is not None and not leg.has_kv_source
+                else None,
+            )
+        )
+
+    def _finish_prefill(self, leg: _Leg, output: Any) -> None:
+        del self._legs[leg.handoff_id]
+        completion, params = output.outputs[0], output.kv_transfer_params
+        is_over = (
+            completion.finish_reason == "stop"
+            or leg.sampling.max_tokens == 1
+            or leg.num_prompt_tokens + 1 >= self._max_model_len
+        )
+        kv_source = None
+        if params and params.get(LEASE_END_S) is not None:
+            if is_over:
+                self._release(leg.handoff_id, leg.vllm_id)
+            else:
+                kv_source = self._hold(leg, params)
+        times = output.metrics
+        finished = FinishedPrefill(
+            delta=SequenceDelta(
+                handoff_id=leg.handoff_id,
+                token_ids=list(completion.token_ids),
+                text=completion.text,
+                # "length" is our one token; the client's own limit decides.
+                finish_reason=completion.finish_reason if is_over else None,
+                stop_reason=completion.stop_reason if is_over else None,
+                logprobs=output_logprobs(completion.logprobs),
+                num_cached_tokens=output.num_cached_tokens,
+            ),
+            kv_source=kv_source,
+            prompt_logprobs=prompt_logprobs(output.prompt_logprobs),
+            queue_s=max(0.0, times.scheduled_ts - times.queued_ts) if times else 0.0,
+            prefill_s=max(0.0, times.first_token_ts - times.scheduled_ts) if times else 0.0,
+        )
+        self._flush()
+        self._tell().on_prefill_finished(finished)
+
+    def _hold(self, leg: _Leg, params: dict[str, Any]) -> KvSource:
+        now_s = time.monotonic()
+        lease_end_s = params.pop(LEASE_END_S)
+        self._forget_expired_holds(now_s)
+        # A waiting reader's heartbeats may have prolonged it, so an abort is of use a while longer.
+        self._holds[leg.handoff_id] = _Hold(leg.vllm_id, lease_end_s + 2.0 * self._settings.kv_lease_s)
+        num_blocks = len(params["remote_block_ids"][0])
+        return KvSource(
+            lease_s=time_left_s(lease_end_s=lease_end_s, now_s=now_s),
+            num_tokens=params["remote_num_tokens"],
+            num_bytes=num_blocks * self._kv_bytes_per_block,
+            transfer_params=params,
+        )
+
+    def _forget_expired_holds(self, now_s: float) -> None:
+        for handoff_id, hold in list(self._holds.items()):
+            if now_s < hold.forget_at_s:
+                break  # in order of time
+            del self._holds[handoff_id]
+
+    def _error_of(self, leg: _Leg, finish_reason: str) -> ServingError:
+        if leg.has_kv_source:
+            return TransferFailed("KV did not arrive, or too late to be trusted", phase="handoff")
+        return EngineFailed(f"engine ended the request with {finish_reason!r}")
+
+    def _fail(self, leg: _Leg, error: Exception | None) -> None:
+        """Ends the leg for the listener. None: it was aborted."""
+        if self._legs.get(leg.handoff_id) is not leg:
+            return
+        del self._legs[leg.handoff_id]
+        self._flush()
+        self._tell().on_leg_failed(leg.handoff_id, _report(error))
+
+    def _flush(self) -> None:
+        if self._pending:
+            deltas, self._pending = self._pending, []
+            self._tell().on_step(deltas)
+
+    def _on_output_handler_ended(self, task: asyncio.Task[None]) -> None:
+        """vLLM's frontend loop ends only when the engine is dead, or when we stop it."""
+        if self._is_stopping or self._is_dead:
+            return
+        self._is_dead = True
+        error = None if task.cancelled() else task.exception()
+        reason = f"engine is dead: {_first_line(error)}" if error else "engine is dead: its process ended"
+        for leg in list(self._legs.values()):
+            self._fail(leg, EngineFailed(reason))
+        self._tell().on_engine_dead(reason)
+
+    # ── plumbing ──────────────────────────────────────────────────────────────────────────────
+
+    def _tell(self) -> EngineListener:
+        assert self._listener is not None
+        return self._listener
+
+    def _call_soon(self, callback: Any, *arguments: Any) -> None:
+        assert self._loop is not None
+        self._loop.call_soon(callback, *arguments)
+
+    def _send(self, command: Coroutine[Any, Any, None]) -> None:
+        """Commands reach the engine in the order of these calls: tasks start first in, first out."""
+        assert self._loop is not None
+        task = self._loop.create_task(self._carry_out(command))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _carry_out(self, command: Coroutine[Any, Any, None]) -> None:
+        try:
+            await command
+        except EngineDeadError:
+            logger.warning("command dropped, engine is dead")
+
+
+def _report(error: Exception | None) -> ErrorReport:
+    if error is None:
+        return ErrorReport(code="aborted", message="aborted on request")
+    if isinstance(error, ServingError):
+        return error.report()
+    return InvalidRequest(_first_line(error), param=getattr(error, "parameter", None)).report()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _dtype_bytes(cache_dtype: str, model_dtype: Any) -> int:
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    dtype = model_dtype if cache_dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[cache_dtype]
+    num_bytes: int = dtype.itemsize
+    return num_bytes
+
+
+def _nixl_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("nixl")
+    except PackageNotFoundError:
+        return "unknown"

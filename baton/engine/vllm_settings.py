@@ -1,0 +1,161 @@
+"""What can be set about one vLLM engine, and how vLLM is told. No vLLM import at module level: the
+settings of a worker are read before its engine's packages are (that takes seconds)."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from baton.contract.errors import EngineFailed
+from baton.contract.lifecycle import WorkerRole
+from baton.process_guard import ProcessIdentity
+from baton.transfer.lease import DEFAULT_LEASE_S, DEFAULT_MARGIN_S, DEFAULT_PULL_TIMEOUT_S
+
+GIB = 1 << 30
+
+SINGLE_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""By its full name: on CPU vLLM turns the short name `uni` into the multi-process executor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmEngineSettings:
+    model: str
+    """Path or hub name. Prefill and decode need the same string: the transfer compares it."""
+    role: WorkerRole
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: str = "auto"
+    """`auto` takes the model's own. (vLLM alone would narrow float32 to bfloat16, also on CPU, where that
+    gains nothing and lets rounding decide between close tokens.)"""
+    max_model_len: int | None = None
+    """Prompt + output in tokens; None: what the model says."""
+    block_size_tokens: int = 32
+    """The CPU attention kernels take multiples of 32 only."""
+    kv_cache_bytes: int | None = GIB
+    """Per rank. None: vLLM decides from free memory (sensible on a GPU that is all ours)."""
+    max_batch_size: int = 64
+    """Sequences in one step."""
+    max_num_batched_tokens: int | None = None
+    """Tokens in one step; longer prompts are computed in chunks. None: vLLM's default."""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    num_threads_per_rank: int = 1
+    """OpenMP threads on CPU. One: prefill and decode worker usually share few cores."""
+    side_channel_host: str = "127.0.0.1"
+    """Where decode workers fetch this worker's NIXL metadata; an address they can reach."""
+    side_channel_port: int = 0
+    """0: a free one is chosen. One that is taken is an error before the engine starts."""
+    kv_lease_s: int = int(DEFAULT_LEASE_S)
+    """How long a finished prompt's KV is held for a reader. vLLM renews it while a decode worker
+    reports the request as waiting; readers do not count on that."""
+    kv_lease_margin_s: float = DEFAULT_MARGIN_S
+    """A decode worker reads nothing this close to the lease's end."""
+    kv_pull_timeout_s: float = DEFAULT_PULL_TIMEOUT_S
+    """A read that takes longer has a peer that is stuck; transfers take milliseconds."""
+    kv_load_failure_policy: Literal["recompute", "fail"] = "recompute"
+    """What a decode worker does when KV did not arrive or came too late: compute the prompt itself
+    (slower, same answer), or fail the leg so that the coordinator may retry elsewhere."""
+    is_progress_thread_enabled: bool = False
+    """NIXL's thread polls without pause: half a core per idle engine, and slower transfers where cores
+    are few. Off is safe because a prefill engine steps while it holds KV."""
+    is_prefix_caching_enabled: bool = True
+    is_eager: bool | None = None
+    """No graph compilation. None: eager on CPU (starts in seconds), compiled on a GPU."""
+    gpu_memory_utilization: float | None = None
+    """Only where kv_cache_bytes is None; vLLM's default otherwise."""
+    seed: int = 0
+    is_remote_code_trusted: bool = False
+    start_timeout_s: float = 900.0
+    """Loading a large model takes minutes; an engine that hangs must not hang its worker for ever."""
+
+    @property
+    def uses_one_process(self) -> bool:
+        return self.tensor_parallel_size * self.pipeline_parallel_size == 1
+
+
+def choose_side_channel_port(settings: VllmEngineSettings) -> int:
+    """Raises EngineFailed if the wished port cannot be bound. vLLM itself would wait for ever."""
+    address = f"{settings.side_channel_host}:{settings.side_channel_port}"
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(
+            settings.side_channel_host, settings.side_channel_port, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(target)
+            port: int = probe.getsockname()[1]
+            return port
+    except OSError as error:
+        raise EngineFailed(
+            f"cannot listen on the transfer's side channel {address}: {error.strerror}"
+        ) from error
+
+
+def set_environment(settings: VllmEngineSettings, side_channel_port: int) -> None:
+    """vLLM reads these from the environment only, in its child processes too."""
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = settings.side_channel_host
+    os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(side_channel_port)
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    if settings.device == "cpu":
+        os.environ["OMP_NUM_THREADS"] = str(settings.num_threads_per_rank)
+        os.environ["KMP_BLOCKTIME"] = "0"  # idle OpenMP threads sleep instead of spinning
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # binding puts all engines on the same cores
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would silently override kv_cache_bytes
+
+
+def engine_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
+    """Keyword arguments of vLLM's AsyncEngineArgs, except the transfer's."""
+    arguments: dict[str, Any] = {
+        "model": settings.model,
+        "dtype": _dtype(settings),
+        "block_size": settings.block_size_tokens,
+        "max_num_seqs": settings.max_batch_size,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "distributed_executor_backend": SINGLE_PROCESS_EXECUTOR if settings.uses_one_process else "mp",
+        "enforce_eager": settings.device == "cpu" if settings.is_eager is None else settings.is_eager,
+        "enable_prefix_caching": settings.is_prefix_caching_enabled,
+        "seed": settings.seed,
+        "trust_remote_code": settings.is_remote_code_trusted,
+        "disable_log_stats": True,  # of vLLM's own loggers; ours is given separately
+        "enable_log_requests": False,
+    }
+    optional = {
+        "max_model_len": settings.max_model_len,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+    }
+    arguments |= {name: value for name, value in optional.items() if value is not None}
+    if settings.device == "cpu" and settings.pipeline_parallel_size > 1:
+        arguments["worker_cls"] = "baton.engine.vllm_cpu_worker.PipelineCPUWorker"
+    return arguments
+
+
+def _dtype(settings: VllmEngineSettings) -> str:
+    config = Path(settings.model) / "config.json"
+    if settings.dtype != "auto" or settings.device != "cpu" or not config.is_file():
+        return settings.dtype
+    model_config = json.loads(config.read_text(encoding="utf-8"))
+    model_dtype = model_config.get("dtype") or model_config.get("torch_dtype")
+    return "float32" if model_dtype == "float32" else settings.dtype
+
+
+def transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
+    """Keyword arguments of vLLM's KVTransferConfig. Both roles get the same connector."""
+    return {
+        "kv_connector": "LeasedNixlConnector",
+        "kv_connector_module_path": "baton.transfer.nixl_connector",
+        "kv_role": "kv_producer" if settings.role is WorkerRole.PREFILL else "kv_consumer",
+        "kv_load_failure_policy": settings.kv_load_failure_policy,
+        "kv_connector_extra_config": {
+            "kv_lease_duration": settings.kv_lease_s,
+            "kv_lease_margin_s": settings.kv_lease_margin_s,
+            "kv_pull_timeout_s": settings.kv_pull_timeout_s,
+            "is_progress_thread_enabled": settings.is_progress_thread_enabled,
+            "owner": ProcessIdentity.current().to_dict(),
+        },
+    }

@@ -1,0 +1,94 @@
+"""The engine's own counters, kept current by vLLM after each of its steps.
+
+vLLM runs one stat logger per engine in the process that owns it and calls `record` after the outputs
+of a step have been handed out. That call is also the moment at which a step is known to be
+complete, so whoever collects outputs is told here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from baton.contract.messages import WorkerLoad
+
+
+class LoadGauge:
+    """Owns the running totals and the latest `WorkerLoad`."""
+
+    def __init__(self, on_step_end: Callable[[], None]) -> None:
+        self._on_step_end = on_step_end
+        self._num_blocks = 0
+        self._reads_per_transfer = 1
+        self._num_running = 0
+        self._num_waiting = 0
+        self._num_free_blocks = 0
+        self._num_prefill_tokens = 0
+        self._num_kv_bytes = 0
+        self._num_kv_reads = 0
+        self._num_kv_failures = 0
+        self._num_preemptions = 0
+
+    def set_capacity(self, *, num_blocks: int, reads_per_transfer: int) -> None:
+        """`reads_per_transfer`: each tensor-parallel rank reads its own part and counts it."""
+        self._num_blocks = self._num_free_blocks = num_blocks
+        self._reads_per_transfer = reads_per_transfer
+
+    def count_kv_failure(self) -> None:
+        """One that the engine never saw."""
+        self._num_kv_failures += 1
+
+    def load(self) -> WorkerLoad:
+        return WorkerLoad(
+            num_running=self._num_running,
+            num_waiting=self._num_waiting,
+            num_free_blocks=self._num_free_blocks,
+            num_prefill_tokens_done=self._num_prefill_tokens,
+            num_kv_bytes_received=self._num_kv_bytes,
+            num_kv_transfers=self._num_kv_reads // self._reads_per_transfer,
+            num_kv_transfer_failures=self._num_kv_failures,
+            num_preemptions=self._num_preemptions,
+        )
+
+    def logger_factory(self) -> Callable[..., StatLoggerBase]:
+        """What `AsyncLLM(stat_loggers=[...])` wants: called with the configuration and an index."""
+
+        def make_logger(vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
+            return _GaugeLogger(self)
+
+        return make_logger
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any) -> None:
+        if scheduler_stats is not None:
+            self._num_running = scheduler_stats.num_running_reqs
+            self._num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            # Usage is the fraction in use of all blocks that can be handed out.
+            self._num_free_blocks = round((1.0 - scheduler_stats.kv_cache_usage) * self._num_blocks)
+            if transfers := scheduler_stats.kv_connector_stats:
+                self._num_kv_bytes += int(sum(transfers["bytes_transferred"]))
+                self._num_kv_reads += len(transfers["bytes_transferred"])
+                self._num_kv_failures += len(transfers["num_failed_transfers"])
+                self._num_kv_failures += len(transfers["num_failed_handshakes"])
+        if iteration_stats is not None:
+            self._num_prefill_tokens += iteration_stats.prompt_token_stats.computed
+            self._num_preemptions += iteration_stats.num_preempted_reqs
+        self._on_step_end()
+
+
+class _GaugeLogger(StatLoggerBase):
+    def __init__(self, gauge: LoadGauge) -> None:
+        self._gauge = gauge
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        self._gauge.record(scheduler_stats, iteration_stats)
+
+    def log_engine_initialized(self) -> None:
+        return

@@ -1,0 +1,282 @@
+"""vLLM's NIXL pull connector with leases that are checked by the reader.
+
+vLLM loads this module by name inside its engine processes
+(`kv_connector="LeasedNixlConnector"`, `kv_connector_module_path="baton.transfer.nixl_connector"`).
+One instance lives beside the scheduler, one in each worker; both derive from vLLM's own classes,
+and a request that carries none of our keys is treated exactly as those treat it.
+
+What is different, and why:
+
+* **Lease.** vLLM's decode side reads whenever it gets round to it. If that is after the prefill
+  side's lease, it reads blocks that hold another prompt by now and nobody notices. Here the
+  prefill side says when the lease ends, and the decode side refuses to start a read too late,
+  gives up one that is stuck, and discards one that ended too late. The engine's load-failure policy
+  then recomputes or fails the request.
+* **One token more.** After the prefill worker's first token the decode prompt is one longer than
+  the held KV. Only held tokens are claimed.
+* **Nothing held for nothing.** A prompt whose first token ends the sequence is not held, and a hold
+  that nobody will read can be released before its lease ends.
+* **No spinning thread.** NIXL's progress thread polls without pause and takes half a core per idle
+  process. It is off here unless asked for, with NIXL's strict locking. That is sound because a
+  prefill engine steps about once a millisecond while it holds blocks, which drives NIXL, and late
+  reads (when it does not) are refused.
+* **No orphans.** With an owner named, the process dies with it.
+
+Keys in `kv_connector_extra_config`: `is_progress_thread_enabled`, `kv_lease_margin_s`,
+`kv_pull_timeout_s`, `owner`. Keys in a request's `kv_transfer_params`: the HOLD_, LEASE_ and
+RELEASE_ constants below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, KVConnectorTransferResults
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBaseConnector, NixlPullConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+from vllm.logger import init_logger
+from vllm.v1.request import RequestStatus
+
+from baton.process_guard import ProcessIdentity, die_with
+from baton.transfer.lease import (
+    DEFAULT_MARGIN_S,
+    DEFAULT_PULL_TIMEOUT_S,
+    ReadWindow,
+    num_tokens_to_pull,
+)
+
+CONNECTOR_NAME = "LeasedNixlConnector"
+CONNECTOR_MODULE = __name__
+
+HOLD_UNLESS_STOPPED = "baton_hold_unless_stopped"
+"""In a prefill request: keep no KV if the first token already ends the sequence."""
+LEASE_END_S = "baton_lease_end_s"
+"""In a prefill request's result: when the lease ends on the prefill host's monotonic clock. In a
+decode request: when the reader must take it to end on the decode host's."""
+RELEASE_HELD = "baton_release_held"
+"""In a request that is aborted on arrival: ids of finished prefill requests to let go of."""
+
+# vLLM's logger, so that lines of engine processes look alike and reach the same place.
+logger = init_logger(f"vllm.{__name__}")
+
+
+class LeasedMetadata(NixlConnectorMetadata):
+    """What the scheduler tells the workers in one step, plus leases and releases."""
+
+    def __init__(self, stock: NixlConnectorMetadata) -> None:
+        super().__init__()
+        self.__dict__.update(stock.__dict__)
+        self.windows: dict[str, ReadWindow] = {}
+        self.released_req_ids: set[str] = set()
+
+
+class LeasedNixlConnector(NixlPullConnector):
+    """See the module. Constructed by vLLM, once per role and process."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
+        if owner := extra_config.get("owner"):
+            _belong_to(ProcessIdentity.from_dict(owner))
+        # NixlPullConnector's own constructor would build the stock pair; only its base is wanted.
+        NixlBaseConnector.__init__(self, vllm_config, role, kv_cache_config)
+        self.connector_scheduler: LeasedPullScheduler | None = None
+        self.connector_worker: LeasedPullWorker | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self.connector_scheduler = LeasedPullScheduler(vllm_config, self.engine_id, kv_cache_config)
+        else:
+            is_spinning = bool(extra_config.get("is_progress_thread_enabled", True))
+            with contextlib.nullcontext() if is_spinning else _agents_without_progress_thread():
+                self.connector_worker = LeasedPullWorker(vllm_config, self.engine_id, kv_cache_config)
+
+
+class LeasedPullScheduler(NixlPullConnectorScheduler):
+    """Scheduler side: what to claim, what to hold, what to tell the workers."""
+
+    def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
+        self._margin_s = float(extra_config.get("kv_lease_margin_s", DEFAULT_MARGIN_S))
+        self._pull_timeout_s = float(extra_config.get("kv_pull_timeout_s", DEFAULT_PULL_TIMEOUT_S))
+        self._released_req_ids: set[str] = set()
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        params = request.kv_transfer_params or {}
+        num_held = params.get("remote_num_tokens")
+        if not params.get("do_remote_prefill") or num_held is None:
+            result: tuple[int, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
+            return result
+        num_tokens = num_tokens_to_pull(
+            num_held=num_held,
+            num_wanted=self._get_remote_prefill_token_count(request.num_prompt_tokens),
+            num_cached=num_computed_tokens,
+        )
+        return num_tokens, num_tokens > 0
+
+    def build_connector_meta(self, scheduler_output: Any) -> LeasedMetadata:
+        windows = {
+            req_id: ReadWindow(
+                lease_end_s=float(lease_end_s),
+                margin_s=self._margin_s,
+                pull_timeout_s=self._pull_timeout_s,
+            )
+            for req_id, (request, *_) in self._reqs_need_recv.items()
+            if (lease_end_s := (request.kv_transfer_params or {}).get(LEASE_END_S)) is not None
+        }
+        metadata = LeasedMetadata(super().build_connector_meta(scheduler_output))
+        metadata.windows = windows
+        metadata.released_req_ids, self._released_req_ids = self._released_req_ids, set()
+        return metadata
+
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        params = request.kv_transfer_params or {}
+        if released := params.get(RELEASE_HELD):
+            self._released_req_ids.update(released)
+            return False, None
+        if params.get(HOLD_UNLESS_STOPPED) and request.status == RequestStatus.FINISHED_STOPPED:
+            # As for an aborted prefill: the workers forget the request, the blocks go back at once.
+            self._reqs_not_processed.add(request.request_id)
+            self._reqs_need_save.pop(request.request_id, None)
+            return False, None
+        must_hold, result = super().request_finished(request, block_ids)
+        if must_hold and result is not None:
+            result[LEASE_END_S] = time.monotonic() + self._kv_lease_duration
+        return must_hold, result
+
+
+class LeasedPullWorker(NixlPullConnectorWorker):
+    """Worker side: refuses, gives up and discards reads; releases holds early."""
+
+    def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self._windows: dict[str, ReadWindow] = {}
+        self._read_started_s: dict[str, float] = {}
+        self._to_report_sent: set[str] = set()
+        self._released_at_s: dict[str, float] = {}
+        self._forget_released_after_s = 2.0 * float(
+            vllm_config.kv_transfer_config.get_from_extra_config("kv_lease_duration", 30)
+        )
+
+    def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
+        if isinstance(metadata, LeasedMetadata):
+            self._windows.update(metadata.windows)
+        super().start_load_kv(metadata)
+        if isinstance(metadata, LeasedMetadata):
+            # After the base class has taken over this step's new holds: they may be among these.
+            self._release(metadata.released_req_ids)
+
+    def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
+        window = self._windows.get(req_id)
+        if window is not None and meta.awaiting_kvs and not window.may_start(now_s := time.monotonic()):
+            logger.warning(
+                "kv read refused: request_id=%s lease_left_s=%.3f margin_s=%.3f",
+                req_id, window.lease_end_s - now_s, window.margin_s,
+            )  # fmt: skip
+            self._fail_read(req_id)
+            return
+        super()._read_blocks_for_req(req_id, meta)
+        if window is not None and req_id in self._recving_transfers:
+            self._read_started_s[req_id] = time.monotonic()
+
+    def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
+        done: set[str]
+        failed: set[str]
+        done, failed = super()._pop_done_transfers(transfers)
+        if not self._read_started_s:
+            return done, failed
+        now_s = time.monotonic()
+        for req_id, started_s in list(self._read_started_s.items()):
+            window = self._windows[req_id]
+            if req_id in done:
+                if req_id not in failed and not window.is_trusted(ended_s=now_s):
+                    logger.warning(
+                        "kv read discarded: request_id=%s took_s=%.3f lease_left_s=%.3f margin_s=%.3f",
+                        req_id, now_s - started_s, window.lease_end_s - now_s, window.margin_s,
+                    )  # fmt: skip
+                    self.xfer_stats.record_failed_transfer()
+                    failed.add(req_id)
+            elif req_id in transfers and now_s >= window.deadline_s(started_s):
+                self._give_up(req_id, transfers, done, failed, took_s=now_s - started_s)
+        return done, failed
+
+    def _give_up(
+        self, req_id: str, transfers: dict[str, list[int]], done: set[str], failed: set[str], *, took_s: float
+    ) -> None:
+        """Cancel a read that is stuck. What NIXL will not cancel may still be written to: then the
+        request keeps its blocks and this is tried again in the next step."""
+        if req_id not in self._recv_failures:
+            logger.warning("kv read given up: request_id=%s took_s=%.3f", req_id, took_s)
+            self.xfer_stats.record_failed_transfer()
+        failed.add(req_id)
+        transfers[req_id] = [
+            handle for handle in transfers[req_id] if not self._try_release_xfer_handle(req_id, handle)
+        ]
+        if not transfers[req_id]:
+            del transfers[req_id]
+            done.add(req_id)
+
+    def _fail_read(self, req_id: str) -> None:
+        self.xfer_stats.record_failed_transfer()
+        self._handle_failed_transfer(req_id, None, self._recv_failures, record_failed_transfer=False)
+
+    def get_transfer_results(self) -> KVConnectorTransferResults:
+        results = super().get_transfer_results()
+        for req_id in results.finished_recving:
+            self._windows.pop(req_id, None)
+            self._read_started_s.pop(req_id, None)
+        if self._released_at_s:
+            # Reported when they were released; a reader's late notice must not free them twice.
+            results.finished_sending -= self._released_at_s.keys()
+            self._forget_old_releases()
+        if self._to_report_sent:
+            results.finished_sending |= self._to_report_sent
+            self._to_report_sent = set()
+        return results
+
+    def _release(self, req_ids: set[str]) -> None:
+        for req_id in req_ids:
+            if self._reqs_to_send.pop(req_id, None) is not None:
+                # Stays in _reqs_to_process: a notice that is under way is then nothing to log.
+                self._to_report_sent.add(req_id)
+                self._released_at_s[req_id] = time.monotonic()
+
+    def _forget_old_releases(self) -> None:
+        now_s = time.monotonic()
+        for req_id, released_s in list(self._released_at_s.items()):
+            if now_s - released_s < self._forget_released_after_s:
+                break  # in order of time
+            del self._released_at_s[req_id]
+            self._reqs_to_process.discard(req_id)
+
+
+def _belong_to(owner: ProcessIdentity) -> None:
+    die_with(owner)
+    if threading.current_thread() is threading.main_thread():
+        # Ctrl-C reaches the whole foreground group; the owner drains and then ends us itself.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _agents_without_progress_thread() -> Iterator[None]:
+    """NIXL agents made inside are driven by their caller only. vLLM has no setting for it."""
+    from nixl._api import nixl_agent_config, nixl_thread_sync_t
+
+    stock = base_worker.nixl_agent_config
+    base_worker.nixl_agent_config = functools.partial(
+        nixl_agent_config,
+        enable_prog_thread=False,
+        # Without its thread NIXL's default is no locking at all, and the handshake thread calls too.
+        sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
+    )
+    try:
+        yield
+    finally:
+        base_worker.nixl_agent_config = stock
