@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
 from baton.contract import codec
 from baton.contract.errors import (
+    Aborted,
     DuplicateRequest,
     InvalidRequest,
     ProtocolMismatch,
     ServingError,
     UnknownModel,
-    UnsupportedFeature,
 )
 from baton.contract.messages import (
     AbortRequest,
@@ -41,12 +43,16 @@ logger = logging.getLogger("baton.zmq_door")
 MAX_REQUEST_ID_CHARS = 256
 
 
+OnEncoded = Callable[[bytes | ServingError], None]
+
+
 class PromptEncoder(Protocol):
-    """Text to packed token ids, off the event loop. Raises ServingError with a sentence."""
+    """Text to packed token ids, off the event loop; the answer comes as a call on the loop, at once
+    or later. Both may also raise ServingError, and then never answer."""
 
-    async def encode_text(self, text: str) -> bytes: ...
+    def encode_text(self, text: str, done: OnEncoded) -> None: ...
 
-    async def encode_chat(self, messages: list[dict[str, object]]) -> bytes: ...
+    def encode_chat(self, messages: list[dict[str, Any]], done: OnEncoded) -> None: ...
 
 
 class ZmqDoor:
@@ -57,7 +63,6 @@ class ZmqDoor:
         self._channel = RouterChannel(self._on_frames)
         self._requests: dict[tuple[bytes, str], _Sink] = {}
         self._num_submitted = 0
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, address: str) -> str:
         """Returns the bound address. Raises OSError when it is taken."""
@@ -66,8 +71,6 @@ class ZmqDoor:
         return bound
 
     def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
         self._channel.close(linger_ms=500)
 
     # ── frames in ────────────────────────────────────────────────────────────────────────────
@@ -97,12 +100,15 @@ class ZmqDoor:
         self._num_submitted += 1
         internal_id = f"zmq{self._num_submitted}-{message.request_id}"
         sink = self._requests[key] = _Sink(self, peer, message.request_id, internal_id)
-        if message.prompt_token_ids is not None:
-            self._enter(sink, message, message.prompt_token_ids)
-        else:
-            task = asyncio.create_task(self._encode_and_enter(sink, message))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        try:
+            if message.prompt is not None:
+                self._encoder.encode_text(message.prompt, partial(self._encoded, sink, message))
+            elif message.messages is not None:
+                self._encoder.encode_chat(message.messages, partial(self._encoded, sink, message))
+            else:
+                self._encoded(sink, message, message.prompt_token_ids or b"")
+        except ServingError as error:
+            sink.refuse(error)
 
     def _check(self, key: tuple[bytes, str], message: SubmitRequest) -> None:
         if message.protocol_version != codec.PROTOCOL_VERSION:
@@ -131,21 +137,13 @@ class ZmqDoor:
         if message.sampling is not None:
             check_sampling(message.sampling)
 
-    async def _encode_and_enter(self, sink: _Sink, message: SubmitRequest) -> None:
-        try:
-            if message.prompt is not None:
-                packed = await self._encoder.encode_text(message.prompt)
-            elif message.messages is not None:
-                packed = await self._encoder.encode_chat(message.messages)
-            else:
-                raise UnsupportedFeature("no prompt given")
-        except ServingError as error:
-            sink.refuse(error)
+    def _encoded(self, sink: _Sink, message: SubmitRequest, packed: bytes | ServingError) -> None:
+        if isinstance(packed, ServingError):
+            sink.refuse(packed)
             return
-        if not sink.is_aborted:
-            self._enter(sink, message, packed)
-
-    def _enter(self, sink: _Sink, message: SubmitRequest, packed: bytes) -> None:
+        if sink.is_aborted:
+            sink.refuse(Aborted("aborted before it was accepted"))
+            return
         sampling = message.sampling
         if sampling is None:
             limit = self._intake.facts().max_model_len or 0

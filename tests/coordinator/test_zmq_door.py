@@ -20,6 +20,7 @@ from baton.contract.errors import (
     ProtocolMismatch,
     QueueFull,
     UnknownModel,
+    UnsupportedFeature,
     WorkerLost,
 )
 from baton.contract.lifecycle import Outcome
@@ -42,6 +43,7 @@ class EchoIntake:
     def __init__(self) -> None:
         self.running: dict[str, object] = {}
         self.aborted: list[str] = []
+        self.submitted = asyncio.Event()
 
     def submit(self, submission, sink) -> None:
         token_ids = unpack_token_ids(submission.prompt_token_ids)
@@ -50,6 +52,7 @@ class EchoIntake:
         if token_ids == [2]:
             raise NoWorkers("no decode worker is ready")
         self.running[submission.request_id] = sink
+        self.submitted.set()
         asyncio.get_running_loop().call_soon(self._answer, submission.request_id, token_ids)
 
     def _answer(self, request_id: str, token_ids: list[int]) -> None:
@@ -77,13 +80,17 @@ class EchoIntake:
 
 
 class WordEncoder:
-    async def encode_text(self, text: str) -> bytes:
-        if text == "untokenisable":
-            raise InvalidRequest("this prompt cannot be tokenised", param="prompt")
-        return pack_token_ids([len(word) for word in text.split()])
+    """A word's token id is its length; answers in the next turn of the loop."""
 
-    async def encode_chat(self, messages) -> bytes:
-        return await self.encode_text(" ".join(str(m["content"]) for m in messages))
+    def encode_text(self, text, done) -> None:
+        if text == "unservable":
+            raise UnsupportedFeature("there is no tokenizer here")
+        packed = pack_token_ids([len(word) for word in text.split()])
+        answer = InvalidRequest("cannot be tokenised", param="prompt") if text == "untokenisable" else packed
+        asyncio.get_running_loop().call_soon(done, answer)
+
+    def encode_chat(self, messages, done) -> None:
+        self.encode_text(" ".join(str(m["content"]) for m in messages), done)
 
 
 class Names:
@@ -141,6 +148,7 @@ def test_many_streams_share_one_connection():
         pytest.param([2], {}, NoWorkers, id="no workers"),
         pytest.param([4], {}, WorkerLost, id="failed after its tokens"),
         pytest.param("untokenisable", {}, InvalidRequest, id="cannot be tokenised"),
+        pytest.param("unservable", {}, UnsupportedFeature, id="no tokenizer"),
         pytest.param([9], {"model": "gpt-17"}, UnknownModel, id="unknown model"),
     ],
 )
@@ -180,8 +188,7 @@ def test_a_client_that_leaves_is_noticed_at_the_next_token():
         async with asyncio.timeout(20), served() as (intake, address):
             client = AsyncBatonClient(address)
             client.submit([3])
-            while not intake.running:
-                await asyncio.sleep(0.01)
+            await intake.submitted.wait()
             client._streams.clear()  # so that closing sends no abort, as a killed process would not
             client.close()
             (sink,) = intake.running.values()
@@ -252,7 +259,7 @@ def _exchange(frames: list[bytes], times: int = 1) -> RequestRefused:
 
 def test_ten_thousand_random_frames_leave_the_door_serving():
     async def scenario() -> None:
-        async with asyncio.timeout(60), served() as (intake, address):
+        async with asyncio.timeout(60), served() as (_, address):
             rng = random.Random(3)
             vandal = DealerChannel(lambda frames: None)
             vandal.connect(f"tcp://{address}")
@@ -275,21 +282,21 @@ def test_ten_thousand_random_frames_leave_the_door_serving():
 
 
 def test_the_blocking_client_streams_and_generates():
-    ready, stop = threading.Event(), threading.Event()
-    found: list[str] = []
+    ready = threading.Event()
+    found: list[tuple[str, asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     async def serve() -> None:
         async with served() as (_, address):
-            found.append(address)
+            stop = asyncio.Event()
+            found.append((address, asyncio.get_running_loop(), stop))
             ready.set()
-            while not stop.is_set():
-                await asyncio.sleep(0.01)
+            await stop.wait()
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     try:
         assert ready.wait(10)
-        with BatonClient(found[0], timeout_s=10) as client:
+        with BatonClient(found[0][0], timeout_s=10) as client:
             assert [d.text for d in client.stream([7, 8])] == ["<7>", "<8>"]
             done = client.generate("one three five")
             assert (done.text, done.token_ids) == ("<3><5><4>", [3, 5, 4])
@@ -299,5 +306,6 @@ def test_the_blocking_client_streams_and_generates():
             for _ in client.stream([7] * 50):
                 break  # leaving early aborts
     finally:
-        stop.set()
+        _, loop, stop = found[0]
+        loop.call_soon_threadsafe(stop.set)
         thread.join(10)
