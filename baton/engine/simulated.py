@@ -54,6 +54,10 @@ NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, ELEMENT_BYTES = 4, 2, 32, 4
 Phase = Literal["prefill", "transfer", "decode"]
 
 
+def kv_bytes_per_block(block_size_tokens: int) -> int:
+    return 2 * NUM_LAYERS * NUM_KV_HEADS * HEAD_DIM * ELEMENT_BYTES * block_size_tokens
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedEngineSettings:
     model: str = "simulated"
@@ -78,7 +82,7 @@ class SimulatedEngineSettings:
 
     @property
     def kv_bytes_per_block(self) -> int:
-        return 2 * NUM_LAYERS * NUM_KV_HEADS * HEAD_DIM * ELEMENT_BYTES * self.block_size_tokens
+        return kv_bytes_per_block(self.block_size_tokens)
 
 
 @dataclass(slots=True)
@@ -121,9 +125,15 @@ class _Leg:
 class SimulatedEngine:
     """Implements baton.engine.base.Engine."""
 
-    def __init__(self, settings: SimulatedEngineSettings, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        settings: SimulatedEngineSettings,
+        *,
+        clock: Clock | None = None,
+        faults: Faults | None = None,
+    ) -> None:
         self.settings = settings
-        self.faults = Faults()
+        self.faults = faults or Faults()
         self._clock = clock or SystemClock()
         # A leg is in `_legs` and in exactly one of the four places below.
         self._legs: dict[str, _Leg] = {}

@@ -1,0 +1,94 @@
+"""Settings to an engine. Each kind is imported when it is asked for: a simulated worker starts in a
+fraction of a second, without torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from baton.contract.lifecycle import WorkerRole
+from baton.engine.base import Engine
+from baton.worker.settings import WorkerSettings
+
+GIB = 1 << 30
+
+DEFAULT_LEASE_S = 30
+DEFAULT_SIMULATED_MODEL_LEN = 32_768
+
+
+def build_engine(
+    settings: WorkerSettings,
+    role: WorkerRole,
+    *,
+    kv_lease_s: int = DEFAULT_LEASE_S,
+    kv_load_failure_policy: Literal["recompute", "fail"] = "recompute",
+) -> Engine:
+    """Prefill workers give the lease, decode workers have the failure policy."""
+    if settings.engine == "simulated":
+        return _simulated(settings, kv_lease_s, kv_load_failure_policy)
+    return _vllm(settings, role, kv_lease_s, kv_load_failure_policy)
+
+
+def _simulated(
+    settings: WorkerSettings, kv_lease_s: int, kv_load_failure_policy: Literal["recompute", "fail"]
+) -> Engine:
+    from baton.engine.simulated import Faults, SimulatedEngine, SimulatedEngineSettings, kv_bytes_per_block
+
+    block_bytes = kv_bytes_per_block(settings.block_size_tokens)
+    num_blocks = settings.num_blocks or max(1, int((settings.kv_cache_gib or 1.0) * GIB) // block_bytes)
+    max_model_len = settings.max_model_len or DEFAULT_SIMULATED_MODEL_LEN
+    engine_settings = SimulatedEngineSettings(
+        model=settings.model or "simulated",
+        host=settings.host,
+        transfer_port=settings.transfer_port or 0,
+        num_blocks=num_blocks,
+        block_size_tokens=settings.block_size_tokens,
+        max_batch_size=settings.max_batch_size,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=settings.max_num_batched_tokens or max_model_len,
+        step_s=settings.simulated_step_s,
+        prefill_tokens_per_s=settings.simulated_prefill_tokens_per_s,
+        transfer_s=settings.simulated_transfer_s,
+        kv_lease_s=kv_lease_s,
+        kv_load_failure_policy=kv_load_failure_policy,
+        mean_output_tokens=settings.simulated_mean_output_tokens,
+    )
+    faults = Faults(
+        never_answer=settings.simulated_never_answer,
+        num_legs_to_fail=settings.simulated_fail_legs,
+        num_legs_until_death=settings.simulated_die_after_legs,
+    )
+    return SimulatedEngine(engine_settings, faults=faults)
+
+
+def _vllm(
+    settings: WorkerSettings,
+    role: WorkerRole,
+    kv_lease_s: int,
+    kv_load_failure_policy: Literal["recompute", "fail"],
+) -> Engine:
+    from baton.engine.vllm_engine import VllmEngine
+    from baton.engine.vllm_settings import VllmEngineSettings
+
+    assert settings.model is not None
+    kv_cache_gib = settings.kv_cache_gib
+    return VllmEngine(
+        VllmEngineSettings(
+            model=settings.model,
+            role=role,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_model_len=settings.max_model_len,
+            block_size_tokens=settings.block_size_tokens,
+            kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * GIB),
+            max_batch_size=settings.max_batch_size,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            pipeline_parallel_size=settings.pipeline_parallel_size,
+            num_threads_per_rank=settings.omp_threads,
+            side_channel_host=settings.host,
+            side_channel_port=settings.transfer_port or 0,
+            kv_lease_s=kv_lease_s,
+            kv_load_failure_policy=kv_load_failure_policy,
+            is_remote_code_trusted=settings.is_remote_code_trusted,
+        )
+    )

@@ -1,0 +1,1 @@
+"""The worker that fetches a prompt's KV and generates the rest of the tokens."""

@@ -1,0 +1,13 @@
+"""A prefill worker: the shared runtime around an engine that holds finished KV under a lease."""
+
+from __future__ import annotations
+
+from baton.contract.lifecycle import WorkerRole
+from baton.worker.engines import build_engine
+from baton.worker.process import run_worker
+from prefill_worker.settings import PrefillWorkerSettings
+
+
+def run(settings: PrefillWorkerSettings) -> int:
+    role = WorkerRole.PREFILL
+    return run_worker(settings, role, lambda: build_engine(settings, role, kv_lease_s=settings.kv_lease_s))
