@@ -1,0 +1,78 @@
+"""The command line behind scripts/bench.sh.
+
+Exit status: 0 every bar holds, 2 wrong usage, 3 something under test did not start or answer,
+4 a bar is missed. A quick run judges its bars too, but one short repeat proves nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from benchmarks import door, e2e, machine, peers
+from benchmarks.figures import Report
+from benchmarks.layout import RESULTS
+from benchmarks.load import LoadFailed, compile_tools
+from benchmarks.servers import NotReady
+
+EXIT_NOT_READY = 3
+EXIT_BAR_MISSED = 4
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench.sh", description="Baton beside its peers.")
+    parser.add_argument("name", choices=["door", "e2e"])
+    parser.add_argument("--quick", action="store_true", help="one short repeat: a check that everything runs")
+    parser.add_argument("--repeats", type=int, metavar="N", help="repeats per row (door) or rounds (e2e)")
+    parser.add_argument("--rows", metavar="A,B", help="only rows whose names start so")
+    parser.add_argument("--peers-only", action="store_true", help="leave Baton out")
+    parser.add_argument("--json", action="store_true", help="one JSON object per figure instead of a table")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json and .md")
+    options = parser.parse_args(argv)
+    rows = options.rows.split(",") if options.rows else None
+    compile_tools()
+    for peer in peers.ALL if options.name == "door" else (peers.VLLM_ROUTER,):
+        peer.install()
+    try:
+        if options.name == "door":
+            effort = door.QUICK if options.quick else door.FULL
+            report = door.run(effort, repeats=options.repeats, has_baton=not options.peers_only, rows=rows)
+        else:
+            plan = e2e.QUICK if options.quick else e2e.FULL
+            report = e2e.run(plan, rounds=options.repeats, has_baton=not options.peers_only, rows=rows)
+    except (NotReady, LoadFailed) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return EXIT_NOT_READY
+    if options.quick:
+        report.remarks.insert(0, "Quick run: one short repeat, a functional check and not a measurement.")
+    _show(report, as_json=options.json)
+    if options.save:
+        _save(report, "scripts/bench.sh " + " ".join(sys.argv[1:] if argv is None else argv))
+    return EXIT_BAR_MISSED if report.missed else 0
+
+
+def _show(report: Report, *, as_json: bool) -> None:
+    if as_json:
+        for figure in report.figures:
+            print(json.dumps(figure.as_json(), ensure_ascii=False))
+        return
+    print(report.table())
+    print()
+    for row, busy in report.busy_before.items():
+        print(f"cores in use before {row}: {busy:.2f}")
+    for remark in report.remarks:
+        print(f"note: {remark}")
+    for figure in report.missed:
+        print(f"MISSED: {figure.name} is {figure.spread.median:.3g} {figure.unit}, bar {figure.bar}")
+
+
+def _save(report: Report, command: str) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    facts = machine.describe()
+    (RESULTS / f"{report.benchmark}.json").write_text(report.json_document(facts, command), encoding="utf-8")
+    (RESULTS / f"{report.benchmark}.md").write_text(report.markdown(facts, command), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,3 @@
+"""stub"""
+QUICK=FULL=None
+def run(*a,**k): raise SystemExit(3)
