@@ -97,7 +97,7 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"the chat template refused this conversation: {reason}", param="messages"
             ) from error
-        return _cut_final(rendered, conversation) if continue_final_message else rendered
+        return _cut_final(rendered) if continue_final_message else rendered
 
     def _pick(self, tools: list[dict[str, Any]] | None) -> str:
         if tools is not None and "tool_use" in self._sources:
@@ -230,17 +230,13 @@ def _mark_final(conversation: list[dict[str, Any]]) -> None:
         final["content"][-1]["text"] += _CONTINUE_TAG
 
 
-def _cut_final(rendered: str, conversation: list[dict[str, Any]]) -> str:
+def _cut_final(rendered: str) -> str:
     """Everything after the last message's own text goes, so that the model continues it."""
     tag = rendered.rfind(_CONTINUE_TAG.strip())
     if tag < 0:
         raise InvalidRequest(
             "the chat template does not print the last message", param="continue_final_message"
         )
-    content = conversation[-1]["content"]
-    text: str = content if isinstance(content, str) else content[-1]["text"]
-    cut = rendered[:tag]
-    # A template that strips messages leaves no trailing blank; then none may be added either.
-    if rendered[tag : tag + len(_CONTINUE_TAG)] != _CONTINUE_TAG or text == text.rstrip():
-        return cut.rstrip()
-    return cut
+    # A template that strips messages strips the tag's blank too; then the text has lost its own.
+    kept_blank = rendered[tag : tag + len(_CONTINUE_TAG)] == _CONTINUE_TAG
+    return rendered[:tag] if kept_blank else rendered[:tag].rstrip()

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import tokenizers
 
 from baton.contract.errors import InvalidRequest, PromptTooLong, QueueFull, ServingError, UnsupportedFeature
-from baton.contract.tokens import TOKEN_BYTES, pack_token_ids
+from baton.contract.tokens import TOKEN_BYTES, pack_token_ids, unpack_token_ids
 from coordinator.chat_template import ChatTemplate, load_chat_template
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class FleetTokenizer:
     def __init__(self, num_threads: int = 2) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
         self._num_waiting = 0
+        self._tasks: set[asyncio.Future[None]] = set()
         self._model: str | None = None
         self._tokenizer: Tokenizer | None = None
         self._missing: str | None = None
@@ -132,10 +133,7 @@ class FleetTokenizer:
         `done` called.
         """
         if self._missing is not None:
-            raise UnsupportedFeature(
-                f"text needs a tokenizer, and this fleet has none: {self._missing}. Send token ids",
-                param="prompt",
-            )
+            raise self._unavailable()
         if self._tokenizer is not None and num_chars <= INLINE_CHARS:
             done(_attempt(work, self._tokenizer))
             return
@@ -143,7 +141,9 @@ class FleetTokenizer:
             raise QueueFull(f"{self._num_waiting} texts wait for the tokenizer, the limit", retry_after_s=1.0)
         self._num_waiting += 1
         if self._tokenizer is None:
-            asyncio.ensure_future(self._run_when_loaded(work, num_chars, done))
+            task = asyncio.ensure_future(self._run_when_loaded(work, done))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         else:
             self._run_in_thread(self._tokenizer, work, done)
 
@@ -163,17 +163,19 @@ class FleetTokenizer:
         future.add_done_callback(deliver)
 
     async def _run_when_loaded(
-        self, work: Callable[[Tokenizer], T], num_chars: int, done: Callable[[T | ServingError], None]
+        self, work: Callable[[Tokenizer], T], done: Callable[[T | ServingError], None]
     ) -> None:
         await self.loaded()
         if self._tokenizer is not None:
             self._run_in_thread(self._tokenizer, work, done)
             return
         self._num_waiting -= 1
-        done(
-            UnsupportedFeature(
-                f"text needs a tokenizer, and this fleet has none: {self._missing}", param="prompt"
-            )
+        done(self._unavailable())
+
+    def _unavailable(self) -> UnsupportedFeature:
+        reason = self._missing or "no worker has registered yet"
+        return UnsupportedFeature(
+            f"text needs a tokenizer, and this fleet has none: {reason}. Send token ids", param="prompt"
         )
 
     async def _load(self, model: str) -> None:
@@ -228,24 +230,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def first_id_above(packed: bytes, max_token_id: int) -> int | None:
-    """The first packed id greater than the limit, or None.
+def id_above(packed: bytes, max_token_id: int) -> int | None:
+    """The highest packed id if it is greater than the limit, else None.
 
     Looking at each id costs 16 us per thousand. The high bytes usually decide alone and C code can
-    scan those: an id whose bytes above the lowest are below the limit's is in range.
+    scan those: an id whose high byte is below the bound's is in range whatever its other bytes.
     """
-    high = [packed[position::TOKEN_BYTES] for position in (1, 2, 3)]
-    bounds = [(max_token_id >> shift) & 0xFF for shift in (8, 16, 24)]
-    for position in (2, 1, 0):
-        if bounds[position] == 0:
-            if high[position].count(0) != len(high[position]):
-                break
-            continue
-        if not high[position].translate(None, bytes(range(bounds[position]))):
+    end = max_token_id + 1
+    for position in (3, 2, 1):
+        high = packed[position::TOKEN_BYTES]
+        bound = (end >> (8 * position)) & 0xFF
+        if bound == 0:
+            if high.count(0) == len(high):
+                continue
+        elif not high.translate(None, bytes(range(bound))):
             return None
         break
-    ids = memoryview(packed).cast("I")
-    return next((token_id for token_id in ids if token_id > max_token_id), None)
+    highest = max(unpack_token_ids(packed), default=0)
+    return highest if highest > max_token_id else None
 
 
 def _looks_like_hub_name(model: str) -> bool:

@@ -1,0 +1,268 @@
+"""From a request body to a SamplingSpec: every range and contradiction is found here, before any
+prefill is paid. Ranges are vLLM's; messages give the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+import msgspec
+
+from baton.contract.errors import InvalidRequest, PromptTooLong, UnsupportedFeature
+from baton.contract.sampling import SamplingSpec, StructuredOutput
+from coordinator.http.limits import HttpSettings
+from coordinator.http.openai_schema import GenerationBody, ResponseFormat, StructuredOutputs
+
+_SEED_BOUND = 2**63
+_INT32_MAX = 2**31 - 1
+
+_UNSUPPORTED = (
+    "use_beam_search", "truncate_prompt_tokens", "logprob_token_ids", "cache_salt",
+    "repetition_detection", "thinking_token_budget", "watermarking",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLimits:
+    """What the fleet accepts."""
+
+    max_model_len: int
+    max_token_id: int | None
+    """None: the vocabulary is not known here."""
+
+
+def check_supported(body: GenerationBody) -> None:
+    for name in _UNSUPPORTED:
+        if getattr(body, name):
+            raise UnsupportedFeature(f"{name} is not served here", param=name)
+
+
+def num_choices(body: GenerationBody, num_prompts: int, settings: HttpSettings) -> int:
+    n = 1 if body.n is None else body.n
+    if n < 1:
+        raise InvalidRequest(f"n is {n}, at least 1 is needed", param="n")
+    if n * num_prompts > settings.max_sequences:
+        raise InvalidRequest(
+            f"{num_prompts} prompts x n={n} are {num_prompts * n} sequences, "
+            f"one request may have {settings.max_sequences}",
+            param="n" if n > 1 else "prompt",
+        )
+    return n
+
+
+def output_budget(asked: int | None, num_prompt_tokens: int, limits: TokenLimits, param: str) -> int:
+    """max_tokens for one prompt; None asks for all that fits."""
+    room = limits.max_model_len - num_prompt_tokens
+    if room < 1:
+        raise PromptTooLong(
+            f"the prompt has {num_prompt_tokens} tokens, this fleet accepts {limits.max_model_len} "
+            "for prompt and output together",
+            param="prompt",
+        )
+    if asked is None:
+        return room
+    if asked < 1:
+        raise InvalidRequest(f"{param} is {asked}, at least 1 is needed", param=param)
+    if asked > room:
+        raise PromptTooLong(
+            f"the prompt has {num_prompt_tokens} tokens and {param} is {asked}: "
+            f"{num_prompt_tokens + asked} together, this fleet accepts {limits.max_model_len}",
+            param=param,
+        )
+    return asked
+
+
+def sampling_spec(
+    body: GenerationBody, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None,
+    structured_output: StructuredOutput | None, limits: TokenLimits, settings: HttpSettings,
+) -> SamplingSpec:  # fmt: skip
+    """Raises InvalidRequest naming the field."""
+    spec = SamplingSpec(
+        max_tokens=max_tokens,
+        min_tokens=_within("min_tokens", body.min_tokens, 0, max_tokens, 0),
+        temperature=_within_f("temperature", body.temperature, 0.0, 2.0, 1.0),
+        top_p=_within_f("top_p", body.top_p, 0.0, 1.0, 1.0),
+        top_k=_within("top_k", body.top_k, -1, _INT32_MAX, 0),
+        min_p=_within_f("min_p", body.min_p, 0.0, 1.0, 0.0),
+        presence_penalty=_within_f("presence_penalty", body.presence_penalty, -2.0, 2.0, 0.0),
+        frequency_penalty=_within_f("frequency_penalty", body.frequency_penalty, -2.0, 2.0, 0.0),
+        repetition_penalty=_within_f("repetition_penalty", body.repetition_penalty, 0.0, math.inf, 1.0),
+        seed=_seed(body.seed),
+        stop=_stops(body.stop, settings),
+        stop_token_ids=_token_ids("stop_token_ids", body.stop_token_ids, limits),
+        include_stop_str_in_output=bool(body.include_stop_str_in_output),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=_num_logprobs("logprobs", logprobs, settings),
+        prompt_logprobs=_num_logprobs("prompt_logprobs", prompt_logprobs, settings),
+        logit_bias=_logit_bias(body.logit_bias, limits),
+        bad_words=_bad_words(body.bad_words, settings),
+        allowed_token_ids=_allowed(body.allowed_token_ids, limits),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        spaces_between_special_tokens=body.spaces_between_special_tokens is not False,
+        structured_output=structured_output,
+    )
+    if spec.top_p == 0.0 or spec.repetition_penalty == 0.0:
+        name = "top_p" if spec.top_p == 0.0 else "repetition_penalty"
+        raise InvalidRequest(f"{name} is 0, it must be greater", param=name)
+    return spec
+
+
+def structured_output(
+    response_format: ResponseFormat | None, outputs: StructuredOutputs | None
+) -> StructuredOutput | None:
+    """`response_format` wins over `structured_outputs`, as in vLLM."""
+    given: dict[str, object] = {}
+    if outputs is not None:
+        if (
+            outputs.whitespace_pattern
+            or outputs.disable_any_whitespace
+            or outputs.disable_additional_properties
+        ):
+            raise UnsupportedFeature(
+                "structured_outputs: whitespace and additional-property options are not served here",
+                param="structured_outputs",
+            )
+        given = {
+            "json_schema": outputs.json, "regex": outputs.regex, "choice": outputs.choice,
+            "grammar": outputs.grammar, "json_object": outputs.json_object,
+            "structural_tag": outputs.structural_tag,
+        }  # fmt: skip
+        given = {name: value for name, value in given.items() if value is not None}
+        if not given and (response_format is None or response_format.type == "text"):
+            raise InvalidRequest("structured_outputs names no constraint", param="structured_outputs")
+    if response_format is not None:
+        given.update(_from_response_format(response_format))
+    if not given:
+        return None
+    if len(given) > 1:
+        names = ", ".join(sorted(given))
+        raise InvalidRequest(f"one kind of constraint may be given, not {names}", param="structured_outputs")
+    (name, value) = next(iter(given.items()))
+    _check_constraint(name, value)
+    return StructuredOutput(**given)  # type: ignore[arg-type]
+
+
+def _from_response_format(format: ResponseFormat) -> dict[str, object]:
+    if format.type == "text":
+        return {}
+    if format.type == "json_object":
+        return {"json_object": True}
+    if format.type == "json_schema":
+        if format.json_schema is None or format.json_schema.schema is None:
+            raise InvalidRequest(
+                "response_format of type json_schema needs json_schema.schema", param="response_format"
+            )
+        return {"json_schema": format.json_schema.schema}
+    tag: dict[str, object] = {"type": "structural_tag"}
+    if format.format is not None:
+        tag["format"] = format.format
+    elif format.structures is not None and format.triggers is not None:
+        tag |= {"structures": format.structures, "triggers": format.triggers}
+    else:
+        raise InvalidRequest(
+            "response_format of type structural_tag needs format, or structures and triggers",
+            param="response_format",
+        )
+    return {"structural_tag": json.dumps(tag)}
+
+
+def _check_constraint(name: str, value: object) -> None:
+    if name == "choice" and not value:
+        raise InvalidRequest("structured_outputs.choice is empty", param="structured_outputs")
+    if name in ("regex", "grammar", "structural_tag") and not value:
+        raise InvalidRequest(f"structured_outputs.{name} is empty", param="structured_outputs")
+    if name == "json_object" and value is not True:
+        raise InvalidRequest("structured_outputs.json_object must be true", param="structured_outputs")
+    if isinstance(value, str) and name in ("json_schema", "structural_tag"):
+        try:
+            is_object = isinstance(msgspec.json.decode(value), dict)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise InvalidRequest(f"structured_outputs.{name} is not JSON: {error}") from error
+        if not is_object:
+            raise InvalidRequest(f"structured_outputs.{name} is no JSON object", param="structured_outputs")
+
+
+def _within(name: str, value: int | None, low: int, high: int, default: int) -> int:
+    if value is None:
+        return default
+    if not low <= value <= high:
+        bound = "max_tokens=" if name == "min_tokens" else ""
+        raise InvalidRequest(f"{name} is {value}, it must lie in [{low}, {bound}{high}]", param=name)
+    return value
+
+
+def _within_f(name: str, value: float | None, low: float, high: float, default: float) -> float:
+    if value is None:
+        return default
+    # NaN fails both comparisons; JSON has no infinity.
+    if not low <= value <= high:
+        raise InvalidRequest(f"{name} is {value:g}, it must lie in [{low:g}, {high:g}]", param=name)
+    return value
+
+
+def _seed(seed: int | None) -> int | None:
+    if seed is not None and not -_SEED_BOUND <= seed < _SEED_BOUND:
+        raise InvalidRequest(f"seed is {seed}, it must fit 64 bits with sign", param="seed")
+    return seed
+
+
+def _stops(stop: str | list[str] | None, settings: HttpSettings) -> list[str]:
+    if not stop:
+        if stop == "":
+            raise InvalidRequest("stop is an empty string", param="stop")
+        return []
+    stops = [stop] if isinstance(stop, str) else stop
+    if len(stops) > settings.max_stops:
+        raise InvalidRequest(
+            f"stop has {len(stops)} strings, {settings.max_stops} may be given", param="stop"
+        )
+    if not all(stops):
+        raise InvalidRequest("stop holds an empty string", param="stop")
+    return stops
+
+
+def _token_ids(name: str, ids: list[int] | None, limits: TokenLimits) -> list[int]:
+    if not ids:
+        return []
+    top = _INT32_MAX if limits.max_token_id is None else limits.max_token_id
+    for token_id in ids:
+        if not 0 <= token_id <= top:
+            raise InvalidRequest(f"{name} holds {token_id}, ids go from 0 to {top}", param=name)
+    return ids
+
+
+def _allowed(ids: list[int] | None, limits: TokenLimits) -> list[int] | None:
+    if ids is None:
+        return None
+    if not ids:
+        raise InvalidRequest("allowed_token_ids is empty", param="allowed_token_ids")
+    return _token_ids("allowed_token_ids", ids, limits)
+
+
+def _num_logprobs(name: str, value: int | None, settings: HttpSettings) -> int | None:
+    if value is not None and not 0 <= value <= settings.max_logprobs:
+        raise InvalidRequest(f"{name} is {value}, it must lie in [0, {settings.max_logprobs}]", param=name)
+    return value
+
+
+def _logit_bias(bias: dict[str, float] | None, limits: TokenLimits) -> dict[int, float] | None:
+    if not bias:
+        return None
+    cleaned: dict[int, float] = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise InvalidRequest(f"logit_bias has key {key[:40]!r}, not a token id", param="logit_bias")
+        # Clamped, as OpenAI documents the range and vLLM applies it.
+        cleaned[int(key)] = min(100.0, max(-100.0, value))
+    _token_ids("logit_bias", list(cleaned), limits)
+    return cleaned
+
+
+def _bad_words(words: list[str] | None, settings: HttpSettings) -> list[str]:
+    if not words:
+        return []
+    if not all(words):
+        raise InvalidRequest("bad_words holds an empty string", param="bad_words")
+    return words
