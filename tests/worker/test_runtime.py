@@ -1,0 +1,400 @@
+"""The runtime between a hand-made coordinator (real ZeroMQ on loopback) and an engine."""
+
+import asyncio
+import pickle
+import random
+
+import pytest
+
+from baton.contract import codec
+from baton.contract.errors import EngineFailed, ProtocolMismatch, WorkerIdTaken
+from baton.contract.lifecycle import WorkerRole
+from baton.contract.messages import (
+    AbortLeg,
+    DrainWorker,
+    Heartbeat,
+    KvSource,
+    LegFailed,
+    PrefillFinished,
+    RegisterWorker,
+    SequenceDelta,
+    StepOutputs,
+    WorkerLeaving,
+    WorkerRefused,
+)
+from baton.engine.base import FinishedPrefill
+from baton.engine.simulated import SimulatedEngine, SimulatedEngineSettings
+from baton.wire.endpoints import free_port
+from baton.worker.runtime import EndOfServing
+
+
+def finished_prefill(handoff_id="h1", lease_s=30.0):
+    source = KvSource(lease_s=lease_s, num_tokens=3, num_bytes=1, transfer_params={"hold": 1})
+    return FinishedPrefill(
+        delta=SequenceDelta(handoff_id, [7], "a"), kv_source=source, prompt_logprobs=None,
+        queue_s=0.0, prefill_s=0.0,
+    )  # fmt: skip
+
+
+# ── registration ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_registers_and_reports_its_load(make_coordinator, make_engine, run_runtime):
+    coordinator = make_coordinator()
+    async with run_runtime(make_engine(), coordinator.address, WorkerRole.PREFILL):
+        registration = await coordinator.expect(RegisterWorker)
+        assert registration.protocol_version == codec.PROTOCOL_VERSION
+        assert (registration.worker_id, registration.boot_id) == ("w1", "boot-w1")
+        assert registration.role is WorkerRole.PREFILL
+        assert registration.capacity.num_blocks == 64
+        heartbeat = await coordinator.expect(Heartbeat, 3)
+        assert heartbeat.load.num_free_blocks == 64
+        assert heartbeat.num_legs == 0
+    assert len(coordinator.of(RegisterWorker)) == 1
+
+
+async def test_waits_for_a_coordinator_that_comes_later(make_coordinator, make_engine, run_runtime):
+    port = free_port()
+    async with run_runtime(make_engine(), f"tcp://127.0.0.1:{port}"):
+        coordinator = make_coordinator(port=port)
+        await coordinator.expect(Heartbeat)
+
+
+async def test_a_refusal_ends_serving_with_its_sentence(make_coordinator, make_engine, run_runtime):
+    coordinator = make_coordinator()
+    coordinator.is_accepting = False
+    async with run_runtime(make_engine(), coordinator.address) as runtime:
+        await coordinator.expect(RegisterWorker)
+        coordinator.send(WorkerRefused(error=ProtocolMismatch("dtype is 'float16'").report()))
+        await runtime.end_requested()
+        assert runtime.end is EndOfServing.REFUSED
+        assert runtime.end_reason == "dtype is 'float16'"
+
+
+async def test_a_taken_worker_id_is_tried_again(make_coordinator, make_engine, run_runtime):
+    """The predecessor crashed; the coordinator needs some seconds to notice."""
+    coordinator = make_coordinator()
+    coordinator.is_accepting = False
+    async with run_runtime(make_engine(), coordinator.address) as runtime:
+        await coordinator.expect(RegisterWorker)
+        coordinator.send(WorkerRefused(error=WorkerIdTaken("w1 is in use").report()))
+        coordinator.is_accepting = True
+        await coordinator.expect(Heartbeat)
+        assert runtime.end is None
+    assert len(coordinator.of(RegisterWorker)) == 2
+
+
+async def test_a_restarted_coordinator_meets_a_worker_without_legs(
+    make_coordinator, make_engine, run_runtime, start_decode
+):
+    """
+    1. a leg runs; the coordinator says it does not know this worker (it restarted)
+    2. the leg is aborted, the worker registers by itself with the same boot id
+    3. what the engine still says about the old leg reaches nobody; a new leg works
+    """
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address):
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_decode("h1"))
+        await engine.expect(1)
+        coordinator.forget()
+        again = await coordinator.expect(RegisterWorker, 2)
+        assert again.boot_id == "boot-w1"
+        assert (await engine.expect(2))[1] == ("abort", "h1")
+        engine.finish("h1")
+        engine.confirm_abort("h1")
+        await coordinator.expect_heartbeat_now()
+        assert coordinator.of(Heartbeat)[-1].num_legs == 0
+        coordinator.send(start_decode("h2"))
+        await engine.expect(3)
+        engine.finish("h2")
+        outputs = await coordinator.expect(StepOutputs)
+        assert [delta.handoff_id for delta in outputs.deltas] == ["h2"]
+    assert coordinator.of(LegFailed) == []
+
+
+async def test_a_burst_of_register_again_is_one_registration(make_coordinator, make_engine, run_runtime):
+    coordinator = make_coordinator()
+    async with run_runtime(make_engine(), coordinator.address):
+        await coordinator.expect(Heartbeat)
+        for _ in range(20):
+            coordinator.forget()
+        await coordinator.expect(RegisterWorker, 2)
+        await coordinator.expect_heartbeat_now()
+    assert len(coordinator.of(RegisterWorker)) == 2
+
+
+async def test_a_queue_that_is_full_means_the_coordinator_is_lost(
+    make_coordinator, make_engine, run_runtime, start_decode, monkeypatch
+):
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address) as runtime:
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_decode("h1"))
+        await engine.expect(1)
+        monkeypatch.setattr(runtime._channel, "send", lambda frame: False)
+        engine.listener.on_step([SequenceDelta("h1", [7], "a")])
+        assert (await engine.expect(2))[1] == ("abort", "h1")
+        await coordinator.expect(RegisterWorker, 2)
+
+
+# ── legs ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_prefill_answers_with_the_token_and_the_lease(
+    make_coordinator, make_engine, run_runtime, start_prefill
+):
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address, WorkerRole.PREFILL):
+        await coordinator.expect(Heartbeat)
+        message = start_prefill("h1")
+        coordinator.send(message)
+        assert await engine.expect(1) == [message]
+        engine.listener.on_prefill_finished(finished_prefill("h1"))
+        answer = await coordinator.expect(PrefillFinished)
+        assert answer.delta.token_ids == [7]
+        assert answer.kv_source == finished_prefill().kv_source
+
+
+async def test_all_tokens_of_a_step_are_one_message(make_coordinator, make_engine, run_runtime, start_decode):
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address):
+        await coordinator.expect(Heartbeat)
+        for name in ("h1", "h2", "h3"):
+            coordinator.send(start_decode(name))
+        await engine.expect(3)
+        deltas = [SequenceDelta(name, [7], "a") for name in ("h1", "h2", "h3")]
+        engine.listener.on_step(deltas)
+        assert (await coordinator.expect(StepOutputs)).deltas == deltas
+        for name in ("h1", "h2", "h3"):
+            engine.finish(name)
+        await coordinator.expect(StepOutputs, 4)  # 1 + 3
+
+
+async def test_duplicate_and_late_starts_do_not_reach_the_engine(
+    make_coordinator, make_engine, run_runtime, start_decode
+):
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address):
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_decode("h1"))
+        coordinator.send(start_decode("h1"))
+        await engine.expect(1)
+        engine.finish("h1")
+        await coordinator.expect(StepOutputs)
+        coordinator.send(start_decode("h1"))
+        coordinator.send(start_decode("h2"))
+        commands = await engine.expect(2)
+        assert [command.handoff_id for command in commands] == ["h1", "h2"]
+        engine.finish("h2")
+
+
+async def test_a_bad_leg_fails_without_the_engine(make_coordinator, make_engine, run_runtime, start_decode):
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address):
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_decode("h1", prompt=[1] * 256))
+        failed = await coordinator.expect(LegFailed)
+        assert failed.error.code == "context_length_exceeded"
+        assert failed.error.message == "prompt has 256 tokens, this worker accepts 255 and one of output"
+        assert engine.commands == []
+
+
+async def test_abort_reaches_the_engine_and_its_answer_the_coordinator(
+    make_coordinator, make_engine, run_runtime, start_decode
+):
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address):
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_decode("h1"))
+        coordinator.send(AbortLeg(handoff_id="h1"))
+        assert (await engine.expect(2))[1] == ("abort", "h1")
+        engine.confirm_abort("h1")
+        failed = await coordinator.expect(LegFailed)
+        assert (failed.handoff_id, failed.error.code) == ("h1", "aborted")
+
+
+async def test_an_abort_for_a_finished_prefill_reaches_the_engine_too(
+    make_coordinator, make_engine, run_runtime, start_prefill
+):
+    """Its KV is still held, and nobody will fetch it."""
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address, WorkerRole.PREFILL, drain_timeout_s=0.0):
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_prefill("h1"))
+        await engine.expect(1)
+        engine.listener.on_prefill_finished(finished_prefill("h1"))
+        coordinator.send(AbortLeg(handoff_id="h1"))
+        assert (await engine.expect(2))[1] == ("abort", "h1")
+        await coordinator.expect_heartbeat_now()
+    assert coordinator.of(LegFailed) == []
+
+
+async def test_frames_that_are_not_messages_are_dropped(
+    make_coordinator, make_engine, run_runtime, start_decode
+):
+    coordinator, engine = make_coordinator(), make_engine()
+    dice = random.Random(7)
+    good = codec.encode(start_decode("h0"))
+    async with run_runtime(engine, coordinator.address) as runtime:
+        await coordinator.expect(Heartbeat)
+        coordinator.send_raw(b"")
+        coordinator.send_raw(pickle.dumps({"type": "StartDecode"}))
+        coordinator.send_raw(codec.encode(WorkerLeaving(reason="not for workers")))
+        for _ in range(2_000):
+            frame = bytearray(good)
+            for _ in range(dice.randint(1, 4)):
+                frame[dice.randrange(len(frame))] = dice.randrange(256)
+            num_kept = dice.choice([len(frame), dice.randint(0, len(frame))])
+            coordinator.send_raw(bytes(frame[:num_kept]))
+        coordinator.send(start_decode("last"))
+        while not any(getattr(command, "handoff_id", None) == "last" for command in engine.commands):
+            await engine.expect(len(engine.commands) + 1)
+        assert runtime.end is None
+
+
+async def test_an_answer_too_large_for_the_wire_fails_its_leg_only(
+    make_coordinator, make_engine, run_runtime, start_decode, monkeypatch
+):
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address):
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_decode("h1"))
+        await engine.expect(1)
+        monkeypatch.setattr(codec, "MAX_MESSAGE_BYTES", 4_096)
+        engine.listener.on_step([SequenceDelta("h1", [7], "a" * 5_000)])
+        failed = await coordinator.expect(LegFailed)
+        assert failed.handoff_id == "h1"
+        assert "the limit is 4096" in failed.error.message
+        assert engine.commands[1] == ("abort", "h1")
+
+
+# ── leaving ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_drain_finishes_legs_takes_none_and_says_so_twice(
+    make_coordinator, make_engine, run_runtime, start_decode
+):
+    """
+    1. a leg runs, the coordinator asks for a drain: the worker says it is leaving
+    2. a new leg is refused with `draining`; the old one finishes and is reported
+    3. the engine stops, the worker says it is gone
+    """
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address) as runtime:
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_decode("h1"))
+        await engine.expect(1)
+        coordinator.send(DrainWorker())
+        await runtime.end_requested()
+        draining = asyncio.create_task(runtime.drain())
+        await coordinator.expect(WorkerLeaving)
+        coordinator.send(start_decode("h2"))
+        assert (await coordinator.expect(LegFailed)).error.code == "draining"
+        assert not engine.is_stopped
+        engine.finish("h1")
+        await draining
+        await coordinator.expect(WorkerLeaving, 2)
+        assert coordinator.of(StepOutputs)[-1].deltas[0].finish_reason == "stop"
+        assert engine.is_stopped
+
+
+async def test_drain_waits_until_held_kv_was_read(make_coordinator, make_engine, run_runtime, start_prefill):
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address, WorkerRole.PREFILL) as runtime:
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_prefill("h1"))
+        await engine.expect(1)
+        engine.num_free_blocks = 63
+        engine.listener.on_prefill_finished(finished_prefill("h1", lease_s=1_000.0))
+        runtime.request_drain("test")
+        draining = asyncio.create_task(runtime.drain())
+        await coordinator.expect(WorkerLeaving)
+        await coordinator.expect_heartbeat_now()
+        assert not draining.done()
+        engine.num_free_blocks = 64  # read
+        await draining
+
+
+async def test_drain_does_not_wait_longer_than_the_lease(
+    make_coordinator, make_engine, run_runtime, start_prefill
+):
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(
+        engine, coordinator.address, WorkerRole.PREFILL, drain_timeout_s=1_000.0
+    ) as runtime:
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_prefill("h1"))
+        await engine.expect(1)
+        engine.num_free_blocks = 63
+        engine.listener.on_prefill_finished(finished_prefill("h1", lease_s=0.3))
+        runtime.request_drain("test")
+        await runtime.drain()
+
+
+async def test_drain_is_bounded(make_coordinator, make_engine, run_runtime, start_decode):
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address, drain_timeout_s=0.1) as runtime:
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_decode("h1"))
+        await engine.expect(1)
+        runtime.request_drain("test")
+        await runtime.drain()
+        assert engine.is_stopped
+
+
+async def test_a_dead_engine_ends_serving_and_the_coordinator_hears_it(
+    make_coordinator, make_engine, run_runtime, start_decode
+):
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address) as runtime:
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_decode("h1"))
+        await engine.expect(1)
+        engine.fail("h1", EngineFailed("the engine died").report())
+        engine.listener.on_engine_dead("core process ended")
+        await runtime.end_requested()
+        assert runtime.end is EndOfServing.ENGINE_DEAD
+    await coordinator.expect(WorkerLeaving, 2)
+    assert coordinator.of(LegFailed)[0].error.code == "engine_failed"
+
+
+# ── with the simulated engine ────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("num_requests", [1, 50])
+async def test_prefill_and_decode_workers_serve_a_request_together(
+    make_coordinator, run_runtime, start_prefill, start_decode, num_requests
+):
+    """KV goes from one worker to the other; the tokens are those of one worker alone."""
+    coordinators = make_coordinator(), make_coordinator()
+    engines = SimulatedEngine(SimulatedEngineSettings()), SimulatedEngine(SimulatedEngineSettings())
+    (to_prefill, to_decode), (prefill_engine, decode_engine) = coordinators, engines
+    async with (
+        run_runtime(prefill_engine, to_prefill.address, WorkerRole.PREFILL),
+        run_runtime(decode_engine, to_decode.address, WorkerRole.DECODE),
+    ):
+        await to_prefill.expect(Heartbeat)
+        await to_decode.expect(Heartbeat)
+        for number in range(num_requests):
+            prompt = [number + 1] * 100
+            to_prefill.send(start_prefill(f"h{number}", prompt))
+            to_decode.send(start_decode(f"alone{number}", prompt))
+        for number in range(num_requests):
+            finished = await to_prefill.expect(PrefillFinished, number + 1)
+            number_of = int(finished.delta.handoff_id[1:])
+            prompt = [number_of + 1] * 100 + finished.delta.token_ids
+            to_decode.send(start_decode(f"h{number_of}", prompt, finished.kv_source, max_tokens=7))
+        tokens = {f.delta.handoff_id: list(f.delta.token_ids) for f in to_prefill.of(PrefillFinished)}
+        num_finished, num_seen = 0, 0
+        while num_finished < 2 * num_requests:
+            outputs = await to_decode.expect(StepOutputs, num_seen + 1)
+            num_seen += 1
+            for delta in outputs.deltas:
+                tokens.setdefault(delta.handoff_id, []).extend(delta.token_ids)
+                num_finished += delta.finish_reason is not None
+        for number in range(num_requests):
+            assert tokens[f"h{number}"] == tokens[f"alone{number}"]
+            assert len(tokens[f"h{number}"]) == 8
+        assert decode_engine.load().num_kv_transfers == num_requests
+        assert prefill_engine.load().num_free_blocks == prefill_engine.settings.num_blocks
