@@ -4,8 +4,9 @@ Everything runs on one event loop, so the counts are plain numbers that no lock 
 turns them into prometheus_client's families when someone scrapes. Recording a finished request
 costs about 4 us in all, and nothing is recorded per token: TPOT is observed once per request.
 
-The core calls `on_accepted` and `on_finished` for each submission; the doors call `on_refused` for
-what they or the core turned away. So accepted = finished + in flight, and refused is apart.
+The core calls `on_finished` for each submission it accepted; the doors call `on_refused` for what
+they or the core turned away. What is true now (requests in flight, workers) is read at scrape time
+through `add_gauge`.
 """
 
 from __future__ import annotations
@@ -90,7 +91,6 @@ class Metrics(Collector):
         self._errors = LabelledCounter()
         self._refusals = LabelledCounter()
         self._first_tokens = LabelledCounter()
-        self._num_in_flight = 0
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
         self._num_output_tokens = 0
@@ -107,13 +107,8 @@ class Metrics(Collector):
 
     # ── hooks ─────────────────────────────────────────────────────────────────────────────────
 
-    def on_accepted(self) -> None:
-        """The core has taken a submission."""
-        self._num_in_flight += 1
-
     def on_finished(self, report: RequestReport) -> None:
         """The final word on an accepted submission. Times are of requests that had the phase."""
-        self._num_in_flight -= 1
         self._outcomes.add(report.outcome.value)
         if report.error is not None:
             self._errors.add(report.error.code)
@@ -164,9 +159,6 @@ class Metrics(Collector):
         yield self._refusals.family("baton_requests_refused", "Requests never accepted, by code.", ("code",))
         yield self._first_tokens.family(
             "baton_first_token", "Who sampled the first token, and by which rule.", ("by", "reason")
-        )
-        yield GaugeMetricFamily(
-            "baton_requests_in_flight", "Accepted, not finished.", value=self._num_in_flight
         )
         for name, help, count in self._totals():
             yield CounterMetricFamily(name, help, value=count)

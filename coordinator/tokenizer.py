@@ -173,7 +173,7 @@ class FleetTokenizer:
         done(self._unavailable())
 
     def _unavailable(self) -> UnsupportedFeature:
-        reason = self._missing or "no worker has registered yet"
+        reason = self._missing or "none is loaded"
         return UnsupportedFeature(
             f"text needs a tokenizer, and this fleet has none: {reason}. Send token ids", param="prompt"
         )

@@ -30,7 +30,7 @@ _decoder = BodyDecoder(ChatBody)
 def chat(door: Door, exchange: Exchange) -> None:
     body = cast(ChatBody, _decoder.decode(exchange.request.body))
     facts = door.intake.facts()
-    model = served_model(body.model, facts, door.settings)
+    model = served_model(body.model, door.names)
     limits = token_limits(facts, door.tokenizer)
     _check(body)
     num_choices(body, 1, door.settings)

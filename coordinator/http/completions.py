@@ -29,7 +29,7 @@ _decoder = BodyDecoder(CompletionBody)
 def complete(door: Door, exchange: Exchange) -> None:
     body = cast(CompletionBody, _decoder.decode(exchange.request.body))
     facts = door.intake.facts()
-    model = served_model(body.model, facts, door.settings)
+    model = served_model(body.model, door.names)
     limits = token_limits(facts, door.tokenizer)
     _check(body)
     given = _given_prompts(body)
@@ -94,9 +94,14 @@ def _packed(ids: list[int]) -> bytes:
     try:
         return pack_token_ids(ids)
     except (OverflowError, TypeError) as error:
-        wrong = next((i for i in ids if not isinstance(i, int) or not 0 <= i < 2**32), ids[0])
-        raise InvalidRequest(f"prompt holds {str(wrong)[:40]}, token ids from 0 on are expected",
-                             param="prompt") from error  # fmt: skip
+        wrong = next(entry for entry in ids if not _is_token_id(entry))
+        raise InvalidRequest(
+            f"prompt holds {str(wrong)[:40]}, token ids from 0 on are expected", param="prompt"
+        ) from error
+
+
+def _is_token_id(entry: object) -> bool:
+    return isinstance(entry, int) and 0 <= entry < 2**32
 
 
 def _encoded(

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import random
 import re
+from contextlib import AbstractContextManager
 from email.utils import formatdate
 from importlib.metadata import PackageNotFoundError, version
 from typing import cast
 
-from baton.clock import Clock
+from baton.clock import Clock, SystemClock
 from baton.contract.errors import ServingError
 from coordinator.http import router
 from coordinator.http.exchange import Exchange, HttpRequest
@@ -18,6 +19,7 @@ from coordinator.http.limits import HttpSettings
 from coordinator.http.protocol import HttpConnection
 from coordinator.intake import Intake
 from coordinator.metrics import Metrics
+from coordinator.served_names import ServedNames
 from coordinator.tokenizer import FleetTokenizer
 
 log = logging.getLogger(__name__)
@@ -35,19 +37,20 @@ class HttpDoor:
         self,
         intake: Intake,
         settings: HttpSettings,
-        clock: Clock,
         tokenizer: FleetTokenizer,
         metrics: Metrics,
+        clock: Clock | None = None,
     ) -> None:
         self.intake = intake
         self.settings = settings
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self.names = ServedNames(settings.served_model_names, intake)
         self.version = _version()
         self.is_draining = False
         self.connections: set[HttpConnection] = set()
         self.date_line = b""
-        self._clock = clock
+        self._clock = clock if clock is not None else SystemClock()
         self._server: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._num_exchanges = 0
@@ -125,7 +128,7 @@ class HttpDoor:
 
     # ── for handlers ──────────────────────────────────────────────────────────────────────────
 
-    def guarded(self, exchange: Exchange) -> _Guard:
+    def guarded(self, exchange: Exchange) -> AbstractContextManager[None]:
         return _Guard(self, exchange)
 
     def refuse(self, exchange: Exchange, error: ServingError) -> None:
@@ -151,7 +154,7 @@ class HttpDoor:
         self._sweep = asyncio.get_running_loop().call_later(_SWEEP_S, self._tick)
 
 
-class _Guard:
+class _Guard(AbstractContextManager[None]):
     """Outermost handler of a callback: what `handle` does for the first part of a request."""
 
     __slots__ = ("_door", "_exchange")
@@ -160,12 +163,9 @@ class _Guard:
         self._door = door
         self._exchange = exchange
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        if error is None:
-            return True
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> bool:
         if isinstance(error, ServingError):
             self._door.refuse(self._exchange, error)
             return True

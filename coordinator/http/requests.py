@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import msgspec
@@ -17,6 +18,7 @@ from coordinator.http.streamed import StreamedAnswer, StreamedSequence
 from coordinator.http.whole import CollectedSequence, WholeAnswer
 from coordinator.intake import FleetFacts, Intake
 from coordinator.metrics import Metrics
+from coordinator.served_names import ServedNames
 from coordinator.tokenizer import FleetTokenizer
 
 
@@ -27,37 +29,24 @@ class Door(Protocol):
     intake: Intake
     tokenizer: FleetTokenizer
     metrics: Metrics
+    names: ServedNames
     version: str
     is_draining: bool
 
-    def guarded(self, exchange: Exchange) -> Guard:
+    def guarded(self, exchange: Exchange) -> AbstractContextManager[None]:
         """For work that goes on in a callback: turns what it raises into the exchange's answer."""
 
 
-class Guard(Protocol):
-    def __enter__(self) -> None: ...
-    def __exit__(self, *raised: object) -> bool: ...
-
-
-def model_names(facts: FleetFacts, settings: HttpSettings) -> tuple[str, ...]:
-    """Names a client may use, the preferred one first; empty while no worker has registered."""
-    if facts.model is None:
-        return ()
-    if settings.served_model_names:
-        return settings.served_model_names
-    short = facts.model.rstrip("/").rpartition("/")[2]
-    return (facts.model,) if short == facts.model else (facts.model, short)
-
-
-def served_model(asked: str | None, facts: FleetFacts, settings: HttpSettings) -> str:
+def served_model(asked: str | None, names: ServedNames) -> str:
     """The name to answer with. Raises NoWorkers before the first worker, UnknownModel for another."""
-    names = model_names(facts, settings)
-    if not names:
+    served = names.names()
+    if not served:
         raise NoWorkers("no worker has registered yet", retry_after_s=1.0)
     if not asked:
-        return names[0]
-    if asked not in names:
-        raise UnknownModel(f"model {asked!r} is not served here; {' and '.join(names)} is", param="model")
+        return served[0]
+    if asked not in served:
+        shown = " and ".join(served)
+        raise UnknownModel(f"model {asked[:200]!r} is not served here; {shown} is", param="model")
     return asked
 
 

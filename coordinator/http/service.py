@@ -10,7 +10,7 @@ from baton.contract.tokens import unpack_token_ids
 from coordinator.http.chat import num_chars, render
 from coordinator.http.exchange import Exchange
 from coordinator.http.openai_schema import BodyDecoder, DetokenizeBody, TokenizeBody
-from coordinator.http.requests import Door, model_names, served_model, token_limits
+from coordinator.http.requests import Door, served_model, token_limits
 from coordinator.http.sse import to_json
 from coordinator.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ def models(door: Door, exchange: Exchange) -> None:
 def model(door: Door, exchange: Exchange) -> None:
     """GET /v1/models/{id}; ids may hold slashes."""
     name = exchange.request.path.removeprefix("/v1/models/")
-    served_model(name, door.intake.facts(), door.settings)
+    served_model(name, door.names)
     exchange.respond(200, to_json(next(card for card in _cards(door) if card["id"] == name)))
 
 
@@ -67,15 +67,14 @@ def _cards(door: Door) -> list[dict[str, Any]]:
             "id": name, "object": "model", "created": _started, "owned_by": "baton",
             "root": facts.model, "parent": None, "max_model_len": facts.max_model_len, "permission": [],
         }
-        for name in model_names(facts, door.settings)
+        for name in door.names.names()
     ]  # fmt: skip
 
 
 def tokenize(door: Door, exchange: Exchange) -> None:
     body = cast(TokenizeBody, _tokenize_decoder.decode(exchange.request.body))
-    facts = door.intake.facts()
-    served_model(body.model, facts, door.settings)
-    max_model_len = token_limits(facts, door.tokenizer).max_model_len
+    served_model(body.model, door.names)
+    max_model_len = token_limits(door.intake.facts(), door.tokenizer).max_model_len
     if (body.prompt is None) == (not body.messages):
         raise InvalidRequest("one of prompt and messages is needed", param="prompt")
 
@@ -94,7 +93,7 @@ def tokenize(door: Door, exchange: Exchange) -> None:
 
 def detokenize(door: Door, exchange: Exchange) -> None:
     body = cast(DetokenizeBody, _detokenize_decoder.decode(exchange.request.body))
-    served_model(body.model, door.intake.facts(), door.settings)
+    served_model(body.model, door.names)
 
     def decode(tokenizer: Tokenizer) -> dict[str, Any]:
         for token_id in body.tokens:
