@@ -23,7 +23,16 @@ from dataclasses import dataclass
 from benchmarks import fleets
 from benchmarks.cpu_time import quiet_check
 from benchmarks.figures import Bar, Figure, Report
-from benchmarks.fleets import BATON, DIRECT, SGLANG_PD, SGLANG_PLAIN, VLLM_PD, VLLM_PLAIN, Subject
+from benchmarks.fleets import (
+    BATON,
+    DIRECT,
+    SGLANG_PD,
+    SGLANG_PLAIN,
+    VLLM_PD,
+    VLLM_PD_TEXT,
+    VLLM_PLAIN,
+    Subject,
+)
 from benchmarks.load import LoadFailed, LoadResult, completion_body, ids_prompt, run_load, text_prompt
 from benchmarks.samples import paired_ratios, per_token, spread
 from benchmarks.servers import cpu_seconds
@@ -32,8 +41,8 @@ FEW, MANY = 2, 200
 NUM_STREAMS = 256
 TICK_US = 5_000
 LATENCY_RATE_PER_S = 50.0
-CHARS_PER_ID = 5
-"""Four digits and a comma: a text prompt this many times longer makes a body of equal length."""
+CHARS_PER_TOKEN = 4
+"""How long a text prompt stands for one of n token ids, as in the peers' own benchmarks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +61,11 @@ class Effort:
 FULL = Effort(5, 2.5, 3.0, 8.0, 5.0, 0.5, 0.6)
 QUICK = Effort(1, 0.6, 1.0, 1.5, 1.0, 0.1, 0.2)
 
+BESIDE = "not part of the figure above"
+OF_THIS_MACHINE = "client, router and backend share its cores"
+
+Found = dict[str, list[dict[str, float]]]
+"""By subject, one entry per repeat."""
 Measure = Callable[[Subject, int], dict[str, float]]
 
 
@@ -94,33 +108,39 @@ class Door:
         for label, num_ids, concurrency, limit in (("1k", 1000, 32, 0.5), ("32k", 32_000, 16, 1.0)):
             for max_tokens, legs in ((1, "one token"), (FEW, "two tokens, both legs")):
                 row = f"cpu_per_request_{label}" + ("" if max_tokens == 1 else "_both_legs")
-                if not self._wants(row):
-                    continue
-                names = [BATON, VLLM_PD] + ([SGLANG_PD, VLLM_PLAIN, SGLANG_PLAIN] if max_tokens == 1 else [])
-                subjects = _chosen(all_subjects, names)
-                bodies = {
-                    s.name: self._body(s, num_ids * (CHARS_PER_ID if s.prompt == "text" else 1), max_tokens)
-                    for s in subjects
-                }
-                found = self._alternate(
-                    row, subjects, lambda s, i, b=bodies, c=concurrency: self._cpu(s, b[s.name], c, i)
-                )
-                self._cpu_figures(row, found, note=f"{legs}, stream, closed loop c={concurrency}")
-                self._ratio(row, found, "cpu_us", VLLM_PD, Bar("<=", limit))
-        if self._wants("cpu_per_request_1k_text") and self._rows is not None:
-            subject = _chosen(all_subjects, [VLLM_PD])
-            body = self._body(subject[0], 4000, 1, prompt="text")
-            row = "cpu_per_request_1k_text"
-            self._cpu_figures(row, self._alternate(row, subject, lambda s, i: self._cpu(s, body, 32, i)), note="")
+                if self._wants(row):
+                    beside = [SGLANG_PD, VLLM_PLAIN, SGLANG_PLAIN] if max_tokens == 1 else []
+                    subjects = _chosen(all_subjects, [BATON, VLLM_PD, VLLM_PD_TEXT, *beside])
+                    note = f"{legs}, stream, closed loop c={concurrency}"
+                    found = self._request_row(row, subjects, num_ids, max_tokens, concurrency, note)
+                    for peer in (VLLM_PD, VLLM_PD_TEXT):
+                        self._ratio(row, found, "cpu_us", peer, Bar("<=", limit))
+
+    def _request_row(
+        self, row: str, subjects: list[Subject], size: int, max_tokens: int, concurrency: int, note: str
+    ) -> Found:
+        bodies = {s.name: self._body(s, size, max_tokens) for s in subjects}
+
+        def measure(subject: Subject, repeat: int) -> dict[str, float]:
+            return self._cpu(subject, bodies[subject.name], concurrency, repeat)
+
+        found = self._alternate(row, subjects, measure)
+        for key, name_of_row, unit, remark in (
+            ("cpu_us", row, "us", note),
+            ("backend_us", f"{row}_backends", "us", BESIDE),
+            ("per_s", f"{row}_rate", "1/s", OF_THIS_MACHINE),
+        ):
+            for name, repeats in found.items():
+                self._add(name_of_row, name, unit, [r[key] for r in repeats], note=remark)
+        return found
 
     def _token_row(self, all_subjects: dict[str, Subject]) -> None:
         row = "cpu_per_token"
         subjects = _chosen(all_subjects, [BATON, VLLM_PD, VLLM_PLAIN, SGLANG_PLAIN])
 
         def measure(subject: Subject, repeat: int) -> dict[str, float]:
-            size = 1000 * (CHARS_PER_ID if subject.prompt == "text" else 1)
-            few = self._cpu(subject, self._body(subject, size, FEW), NUM_STREAMS, repeat)
-            body = self._body(subject, size, MANY)
+            few = self._cpu(subject, self._body(subject, 1000, FEW), NUM_STREAMS, repeat)
+            body = self._body(subject, 1000, MANY)
             many = self._cpu(subject, body, NUM_STREAMS, repeat, self._effort.tokens_s)
             return {
                 "cpu_us": per_token(many["cpu_us"], few["cpu_us"], MANY, FEW),
@@ -135,9 +155,12 @@ class Door:
             self._add(row, name, "us", [r["cpu_us"] for r in repeats], note=note)
         for name, repeats in found.items():
             self._add("tokens_per_s", name, "1/s", [r["tokens_per_s"] for r in repeats], note=note)
-            self._add("backend_cpu_per_token", name, "us", [r["backend_us"] for r in repeats], note="not in the above")
+            backend = [r["backend_us"] for r in repeats]
+            self._add("backend_cpu_per_token", name, "us", backend, note=BESIDE)
         self._ratio(row, found, "cpu_us", VLLM_PD, Bar("<=", 0.7))
-        best = min((VLLM_PLAIN, SGLANG_PLAIN), key=lambda name: spread([r["cpu_us"] for r in found[name]]).median)
+        best = min(
+            (VLLM_PLAIN, SGLANG_PLAIN), key=lambda name: spread([r["cpu_us"] for r in found[name]]).median
+        )
         self._ratio(row, found, "cpu_us", best, Bar("<=", 1.0))
 
     def _latency_rows(self, all_subjects: dict[str, Subject]) -> None:
@@ -154,8 +177,7 @@ class Door:
                 def measure(
                     s: Subject, repeat: int, n: int = num_ids, k: str = key, seconds: float = seconds
                 ) -> dict[str, float]:
-                    size = n * (CHARS_PER_ID if s.prompt == "text" else 1)
-                    body = self._body(s, size, FEW, is_stream=k == "first")
+                    body = self._body(s, n, FEW, is_stream=k == "first")
                     result = run_load(
                         s.port, body, rate_per_s=LATENCY_RATE_PER_S, duration_s=seconds, seed=repeat + 1
                     )
@@ -185,22 +207,18 @@ class Door:
                 if not self._wants(row):
                     continue
                 chosen = _chosen(subjects, [BATON, fleets.DYNAMO_PD, fleets.DYNAMO_PLAIN])
-                bodies = {s.name: self._body(s, num_chars, FEW) for s in chosen}
-                found = self._alternate(
-                    row, chosen, lambda s, i, b=bodies: self._cpu(s, b[s.name], 32, i)
-                )  # fmt: skip
-                self._cpu_figures(row, found, note="two tokens, stream, closed loop c=32")
+                note = "two tokens, stream, closed loop c=32"
+                found = self._request_row(row, chosen, num_chars // CHARS_PER_TOKEN, FEW, 32, note)
                 self._ratio(row, found, "cpu_us", fleets.DYNAMO_PD, Bar("<=", 0.7))
                 self._ratio(row, found, "cpu_us", fleets.DYNAMO_PLAIN, None)
 
     # ── measuring ──────────────────────────────────────────────────────────────────────────────
 
-    def _body(
-        self, subject: Subject, size: int, max_tokens: int, *, is_stream: bool = True, prompt: str | None = None
-    ) -> bytes:
-        make = ids_prompt if (prompt or subject.prompt) == "ids" else text_prompt
+    def _body(self, subject: Subject, size: int, max_tokens: int, *, is_stream: bool = True) -> bytes:
+        """`size` counts token ids, or tokens' worth of characters, as the subject takes them."""
+        prompt = ids_prompt(size) if subject.prompt == "ids" else text_prompt(size * CHARS_PER_TOKEN)
         return completion_body(
-            make(size), model=subject.model, max_tokens=max_tokens, stream=is_stream, extra={"ignore_eos": True}
+            prompt, model=subject.model, max_tokens=max_tokens, stream=is_stream, extra={"ignore_eos": True}
         )
 
     def _cpu(
@@ -218,13 +236,11 @@ class Door:
             "gap_p99_ms": result.gap_ms["p99"],
         }
 
-    def _alternate(
-        self, row: str, subjects: list[Subject], measure: Measure
-    ) -> dict[str, list[dict[str, float]]]:
+    def _alternate(self, row: str, subjects: list[Subject], measure: Measure) -> Found:
         for subject in subjects:
             self._warm_up(subject)
         self.report.busy_before[row] = quiet_check(self._effort.quiet_s)
-        found: dict[str, list[dict[str, float]]] = {subject.name: [] for subject in subjects}
+        found: Found = {subject.name: [] for subject in subjects}
         for repeat in range(self._effort.repeats):
             for subject in subjects:
                 found[subject.name].append(measure(subject, repeat))
@@ -248,22 +264,19 @@ class Door:
     # ── figures ────────────────────────────────────────────────────────────────────────────────
 
     def _add(
-        self, row: str, subject: str, unit: str, values: list[float], *, bar: Bar | None = None, note: str = ""
+        self,
+        row: str,
+        subject: str,
+        unit: str,
+        values: list[float],
+        *,
+        bar: Bar | None = None,
+        note: str = "",
     ) -> None:
-        self.report.figures.append(
-            Figure(row=row, subject=subject, unit=unit, spread=spread(values), bar=bar, note=note)
-        )
+        figure = Figure(row=row, subject=subject, unit=unit, spread=spread(values), bar=bar, note=note)
+        self.report.figures.append(figure)
 
-    def _cpu_figures(self, row: str, found: dict[str, list[dict[str, float]]], note: str) -> None:
-        for name, repeats in found.items():
-            self._add(row, name, "us", [r["cpu_us"] for r in repeats], note=note)
-        for name, repeats in found.items():
-            self._add(f"{row}_backends", name, "us", [r["backend_us"] for r in repeats], note="not in the above")
-            self._add(f"{row}_rate", name, "1/s", [r["per_s"] for r in repeats], note="a property of this machine")
-
-    def _ratio(
-        self, row: str, found: dict[str, list[dict[str, float]]], key: str, peer: str, bar: Bar | None
-    ) -> None:
+    def _ratio(self, row: str, found: Found, key: str, peer: str, bar: Bar | None) -> None:
         if BATON in found:
             ratios = paired_ratios([r[key] for r in found[BATON]], [r[key] for r in found[peer]])
             self._add(f"{row} ratio", f"{BATON} / {peer}", "x", ratios, bar=bar)

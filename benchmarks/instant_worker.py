@@ -89,14 +89,13 @@ class InstantWorker:
             num_blocks=NUM_BLOCKS, max_batch_size=4096, max_model_len=200_000,
             kv_bytes_per_block=KV_BYTES_PER_BLOCK,
         )  # fmt: skip
-        self._send(
-            RegisterWorker(
-                protocol_version=PROTOCOL_VERSION, worker_id=f"instant-{self._role.value}",
-                boot_id=self._boot_id, role=self._role, layout=layout, capacity=capacity,
-                tensor_parallel_size=1, pipeline_parallel_size=1, transfer_endpoint="127.0.0.1:0",
-                host="127.0.0.1", pid=os.getpid(),
-            )  # fmt: skip
-        )
+        registration = RegisterWorker(
+            protocol_version=PROTOCOL_VERSION, worker_id=f"instant-{self._role.value}",
+            boot_id=self._boot_id, role=self._role, layout=layout, capacity=capacity,
+            tensor_parallel_size=1, pipeline_parallel_size=1, transfer_endpoint="127.0.0.1:0",
+            host="127.0.0.1", pid=os.getpid(),
+        )  # fmt: skip
+        self._send(registration)
 
     def _on_frames(self, frames: list[bytes]) -> None:
         message = coordinator_messages.decode(frames[-1])

@@ -44,9 +44,8 @@ def ids_prompt(num_ids: int, *, all_unique: bool = False, highest: int = HIGHEST
 def text_prompt(num_chars: int) -> str:
     """Random words as a JSON string, 16 characters in the middle different in each request."""
     rng = random.Random(num_chars)
-    words: list[str] = []
-    while sum(map(len, words)) + len(words) < num_chars:
-        words.append("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 8))))
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(rng.choices(letters, k=rng.randint(2, 8))) for _ in range(num_chars // 3 + 1)]
     text = " ".join(words)[:num_chars]
     middle = num_chars // 2 - UNIQUE_CHARS // 2
     return f'"{text[:middle]}{HEX_MARK * UNIQUE_CHARS}{text[middle + UNIQUE_CHARS :]}"'
@@ -113,7 +112,6 @@ def run_load(
     known = {name: found[name] for name in LoadResult.__slots__ if name in found}
     result = LoadResult(**known, message=done.stderr.strip())
     if not may_fail and (result.num_errors or not result.num_requests):
-        raise LoadFailed(
-            f"{result.num_errors} of {result.num_errors + result.num_requests} requests failed: {result.message}"
-        )
+        num_ended = result.num_errors + result.num_requests
+        raise LoadFailed(f"{result.num_errors} of {num_ended} requests failed: {result.message}")
     return result

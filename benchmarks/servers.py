@@ -37,7 +37,7 @@ def _die_with_parent() -> None:
 @dataclass(slots=True)
 class Server(AbstractContextManager["Server"]):
     name: str
-    argv: Sequence[str]
+    argv: Sequence[object]
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
@@ -69,11 +69,14 @@ class Server(AbstractContextManager["Server"]):
     def wait_until(self, is_ready: Callable[[], bool], timeout_s: float, what: str) -> None:
         deadline = time.monotonic() + timeout_s
         while not is_ready():
-            if self.process is not None and self.process.poll() is not None:
-                raise NotReady(f"{self.name} ended with {self.process.returncode}:\n{self.log_tail}")
+            self.check_alive()
             if time.monotonic() > deadline:
                 raise NotReady(f"{self.name}: {what} not within {timeout_s:.0f} s:\n{self.log_tail}")
             time.sleep(0.05)
+
+    def check_alive(self) -> None:
+        if self.process is not None and self.process.poll() is not None:
+            raise NotReady(f"{self.name} ended with {self.process.returncode}:\n{self.log_tail}")
 
     def stop(self) -> None:
         """TERM to the group, KILL to what is left of it."""
@@ -142,5 +145,3 @@ def free_port() -> int:
         if port not in _handed_out:
             _handed_out.add(port)
             return port
-
-

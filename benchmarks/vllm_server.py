@@ -1,0 +1,73 @@
+"""A vLLM API server with exactly the engine settings a Baton worker would use.
+
+    python -m benchmarks.vllm_server --role prefill|decode|colocated --model PATH --port N
+        --side-channel-port N --max-batch-size N --max-num-batched-tokens N
+
+The settings come from the product's own functions, so "same settings" cannot drift apart:
+executor, threads, block size, KV memory and, for prefill and decode, the same connector with NIXL's
+progress thread off. A request that carries none of Baton's keys is treated by that connector as
+vLLM's own treats it. `colocated` has no connector.
+
+vLLM's `serve` command asks for the version of a distribution called `vllm`, which the CPU build
+does not have, so the server's entry point is called directly. Its access log is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from baton.contract.lifecycle import WorkerRole
+from baton.engine.vllm_settings import (
+    VllmEngineSettings,
+    engine_arguments,
+    set_environment,
+    transfer_arguments,
+)
+
+COLOCATED = "colocated"
+
+
+def server_argv(settings: VllmEngineSettings, port: int, *, has_connector: bool) -> list[str]:
+    """The server's command line for keyword arguments of AsyncEngineArgs."""
+    arguments = dict(engine_arguments(settings))
+    if has_connector:
+        arguments["kv_transfer_config"] = json.dumps(transfer_arguments(settings))
+    argv = ["--host", "127.0.0.1", "--port", str(port)]
+    argv += ["--uvicorn-log-level", "warning", "--disable-uvicorn-access-log"]
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            argv.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            argv += [f"--{flag}", str(value)]
+    return argv
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A vLLM API server with a Baton worker's engine settings.")
+    parser.add_argument("--role", choices=["prefill", "decode", COLOCATED], required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--side-channel-port", type=int, required=True)
+    parser.add_argument("--max-batch-size", type=int, required=True)
+    parser.add_argument("--max-num-batched-tokens", type=int, required=True)
+    options = parser.parse_args()
+    is_colocated = options.role == COLOCATED
+    settings = VllmEngineSettings(
+        model=options.model,
+        role=WorkerRole.PREFILL if is_colocated else WorkerRole(options.role),
+        side_channel_port=options.side_channel_port,
+        max_batch_size=options.max_batch_size,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+    )
+    set_environment(settings, options.side_channel_port)
+    sys.argv[1:] = server_argv(settings, options.port, has_connector=not is_colocated)
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
+
+    serve()
+
+
+if __name__ == "__main__":
+    main()
