@@ -42,7 +42,7 @@ def test_a_taken_id_is_waited_out_for_a_while():
     registration = Registration()
     registration.refused(TAKEN, now_s=100.0)
     registration.refused(TAKEN, now_s=100.0 + TAKEN_ID_PATIENCE_S - 1)
-    assert registration.state is RegistrationState.UNREGISTERED
+    assert registration.refusal is None
     registration.refused(TAKEN, now_s=100.0 + TAKEN_ID_PATIENCE_S)
     assert registration.state is RegistrationState.REFUSED
 

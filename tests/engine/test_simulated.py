@@ -1,0 +1,401 @@
+"""What the simulated engine adds to the contract: honest scarcity, leases, faults, and its model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+
+from baton.clock import ManualClock
+from baton.contract.messages import KvSource, StartDecode, StartPrefill
+from baton.contract.sampling import SamplingSpec, StructuredOutput
+from baton.contract.tokens import pack_token_ids
+from baton.engine.simulated import Faults, SimulatedEngine, SimulatedEngineSettings
+from baton.engine.simulated_model import EOS_TOKEN_ID, SimulatedSequence, kv_of
+from baton.engine.simulated_transfer import HoldTable
+
+DEADLINE_S = 20.0
+
+
+def in_loop(test):
+    """Runs an async test with a deadline."""
+
+    @functools.wraps(test)
+    def run(**arguments):
+        async def with_deadline():
+            async with asyncio.timeout(DEADLINE_S):
+                await test(**arguments)
+
+        asyncio.run(with_deadline())
+
+    return run
+
+
+class Heard:
+    """A listener; `await until(...)` waits for what it hears."""
+
+    def __init__(self):
+        self.tokens, self.text, self.last = {}, {}, {}
+        self.prefills, self.failures = {}, {}
+        self.death = None
+        self.order = []
+        self._news = asyncio.Event()
+
+    def on_step(self, deltas):
+        for delta in deltas:
+            self.tokens.setdefault(delta.handoff_id, []).extend(delta.token_ids)
+            self.text[delta.handoff_id] = self.text.get(delta.handoff_id, "") + delta.text
+            if delta.finish_reason is not None:
+                self.last[delta.handoff_id] = delta
+                self.order.append(delta.handoff_id)
+        self._news.set()
+
+    def on_prefill_finished(self, finished):
+        self.prefills[finished.delta.handoff_id] = finished
+        self.order.append(finished.delta.handoff_id)
+        self._news.set()
+
+    def on_leg_failed(self, handoff_id, error):
+        self.failures[handoff_id] = error
+        self.order.append(handoff_id)
+        self._news.set()
+
+    def on_engine_dead(self, reason):
+        self.death = reason
+        self._news.set()
+
+    async def until(self, condition):
+        while not condition():
+            self._news.clear()
+            await self._news.wait()
+
+    async def ended(self, *handoff_ids):
+        await self.until(lambda: all(handoff_id in self.order for handoff_id in handoff_ids))
+
+
+@contextlib.asynccontextmanager
+async def running(clock=None, faults=None, **settings) -> AsyncIterator[tuple[SimulatedEngine, Heard]]:
+    base = {"block_size_tokens": 16, "num_blocks": 64, "max_model_len": 512}
+    engine = SimulatedEngine(SimulatedEngineSettings(**base | settings), clock=clock, faults=faults)
+    heard = Heard()
+    await engine.start(heard)
+    try:
+        yield engine, heard
+    finally:
+        await engine.stop()
+
+
+def spec(**sampling):
+    return SamplingSpec(**{"max_tokens": 8, "temperature": 0.0} | sampling)
+
+
+def prefill(handoff_id, prompt, **sampling):
+    return StartPrefill(
+        handoff_id=handoff_id, request_id="r", prompt_token_ids=pack_token_ids(prompt),
+        sampling=spec(**sampling), keep_kv=True,
+    )  # fmt: skip
+
+
+def decode(handoff_id, prompt, source=None, **sampling):
+    return StartDecode(
+        handoff_id=handoff_id, request_id="r", prompt_token_ids=pack_token_ids(prompt),
+        sampling=spec(**sampling), kv_source=source,
+    )  # fmt: skip
+
+
+def generated(prompt, **sampling):
+    """(tokens, text, last delta) of a sequence, without an engine."""
+    mean = sampling.pop("mean_output_tokens", None)
+    sequence = SimulatedSequence(
+        "h", pack_token_ids(prompt), spec(**sampling), max_model_len=512, mean_output_tokens=mean
+    )
+    sequence.compute()
+    deltas = [sequence.advance()]
+    while deltas[-1].finish_reason is None:
+        deltas.append(sequence.advance())
+    return [t for d in deltas for t in d.token_ids], "".join(d.text for d in deltas), deltas[-1]
+
+
+# ── the model ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_any_changed_block_changes_the_output():
+    prompt = list(range(100, 180))
+    outputs = set()
+    for changed in [None, 0, 16, 32, 48, 64, 79]:
+        variant = [token + (index == changed) for index, token in enumerate(prompt)]
+        outputs.add(generated(variant, max_tokens=16)[1])
+    assert len(outputs) == 7
+
+
+def test_output_continues_from_prompt_and_first_token():
+    prompt = [5, 6, 7]
+    tokens, _, _ = generated(prompt, max_tokens=10)
+    assert generated(prompt + tokens[:1], max_tokens=9)[0] == tokens[1:]
+
+
+def test_kv_can_be_continued_from_any_prefix():
+    packed = pack_token_ids([5, 6, 7, 8])
+    assert kv_of(packed[8:], kv_of(packed[:8])) == kv_of(packed)
+
+
+def test_a_seed_changes_sampled_output_only():
+    greedy = generated([1], max_tokens=16)[0]
+    assert generated([1], max_tokens=16, seed=3)[0] == greedy
+    sampled = generated([1], max_tokens=16, seed=3, temperature=1.0)[0]
+    assert sampled != greedy
+    assert generated([1], max_tokens=16, seed=3, temperature=1.0)[0] == sampled
+    assert generated([1], max_tokens=16, seed=4, temperature=1.0)[0] != sampled
+
+
+@pytest.mark.parametrize("start", range(0, 30, 3))
+@pytest.mark.parametrize("num_characters", [1, 2, 5])
+@pytest.mark.parametrize("is_included", [False, True], ids=["cut", "included"])
+def test_a_stop_string_is_cut_wherever_tokens_end(start, num_characters, is_included):
+    text = generated([9, 9], max_tokens=40)[1]
+    stop = text[start : start + num_characters]
+    wanted = text[: text.index(stop) + (len(stop) if is_included else 0)]
+    _, given, last = generated(
+        [9, 9], max_tokens=40, stop=[stop, "0"], include_stop_str_in_output=is_included
+    )
+    assert given == wanted
+    assert (last.finish_reason, last.stop_reason) == ("stop", stop)
+
+
+def test_held_back_text_is_given_when_the_sequence_ends():
+    tokens, text, last = generated([9, 9], max_tokens=12, stop=["0123456789"])
+    assert len(text) == len(tokens) == 12
+    assert last.finish_reason == "length"
+
+
+def test_min_tokens_postpones_every_stop():
+    tokens, text, _ = generated([4], max_tokens=30)
+    later = generated([4], max_tokens=30, stop=[text[0]], min_tokens=10)[0]
+    assert len(later) >= 10
+    assert len(generated([4], max_tokens=30, stop_token_ids=[tokens[0]], min_tokens=10)[0]) > 10
+    assert len(generated([4], max_tokens=30, min_tokens=20, mean_output_tokens=1)[0]) == 21
+
+
+def test_ends_by_itself_unless_told_to_ignore_it():
+    tokens, text, last = generated([3], max_tokens=400, mean_output_tokens=5)
+    assert tokens[-1] == EOS_TOKEN_ID
+    assert len(text) == len(tokens) - 1  # the end token has no text
+    assert (last.finish_reason, last.stop_reason) == ("stop", None)
+    assert len(generated([3], max_tokens=400, mean_output_tokens=5, ignore_eos=True)[0]) == 400
+
+
+# ── scarcity ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@in_loop
+async def test_no_more_legs_run_than_the_batch_holds():
+    async with running(max_batch_size=2) as (engine, heard):
+        for number in range(5):
+            engine.start_decode(decode(f"h{number}", [number], max_tokens=4))
+        await heard.until(lambda: heard.tokens)
+        assert (engine.load().num_running, engine.load().num_waiting) == (2, 3)
+        await heard.ended(*(f"h{number}" for number in range(5)))
+        assert heard.order == [f"h{number}" for number in range(5)]
+
+
+@in_loop
+async def test_a_full_cache_makes_legs_wait():
+    async with running(num_blocks=4) as (engine, heard):
+        engine.start_prefill(prefill("h1", [1] * 64))  # all 4 blocks, then held
+        engine.start_prefill(prefill("h2", [2] * 16))
+        await heard.ended("h1")
+        assert engine.load().num_free_blocks == 0
+        assert engine.load().num_waiting == 1
+        engine.abort("h1")  # gives the hold back
+        await heard.ended("h2")
+        assert heard.prefills["h2"].kv_source is not None
+
+
+@in_loop
+async def test_growth_over_a_full_cache_preempts_the_youngest_and_changes_no_answer():
+    """Two legs of 16 + 40 tokens need 4 blocks each at their end; there are 5."""
+    async with running(num_blocks=5) as (engine, heard):
+        engine.start_decode(decode("old", [1] * 16, max_tokens=40))
+        engine.start_decode(decode("young", [2] * 16, max_tokens=40))
+        await heard.ended("old", "young")
+        assert heard.order == ["old", "young"]
+        assert engine.load().num_preemptions >= 1
+        assert engine.load().num_free_blocks == 5
+        assert heard.tokens["old"] == generated([1] * 16, max_tokens=40)[0]
+        assert heard.tokens["young"] == generated([2] * 16, max_tokens=40)[0]
+
+
+@in_loop
+async def test_what_can_never_fit_is_refused():
+    async with running(num_blocks=4) as (engine, heard):
+        engine.start_decode(decode("h1", [1] * 60, max_tokens=20))  # 80 tokens, 5 blocks
+        await heard.ended("h1")
+        assert heard.failures["h1"].message == "prompt and output need 5 blocks, this engine has 4"
+
+
+@in_loop
+async def test_a_long_prompt_is_computed_in_chunks_beside_decoding():
+    async with running(max_num_batched_tokens=32) as (engine, heard):
+        engine.start_decode(decode("d", [1], max_tokens=200))
+        await heard.until(lambda: heard.tokens)
+        engine.start_prefill(prefill("p", [2] * 320))
+        num_before = len(heard.tokens["d"])
+        await heard.ended("p")
+        num_steps = len(heard.tokens["d"]) - num_before
+        assert num_steps in (10, 11, 12)  # 320 / 31 a step, and the step it came in
+
+
+@in_loop
+async def test_what_the_model_cannot_do_is_refused():
+    async with running() as (engine, heard):
+        engine.start_decode(decode("h1", [1], structured_output=StructuredOutput(json_object=True)))
+        await heard.ended("h1")
+        assert heard.failures["h1"].code == "unsupported_feature"
+        assert heard.failures["h1"].param == "structured_output"
+
+
+# ── leases and transfers ─────────────────────────────────────────────────────────────────────────
+
+
+def test_holds_end_in_order_of_time():
+    table = HoldTable(lease_s=30.0)
+    first = table.add("h1", kv=1, num_blocks=2, now_s=0.0)
+    table.add("h2", kv=2, num_blocks=3, now_s=10.0)
+    assert table.expire(now_s=29.9) == 0
+    assert table.next_end_s() == 30.0
+    assert table.expire(now_s=30.0) == 2
+    assert table.take(first) is None
+    assert table.expire(now_s=40.0) == 3
+    assert table.next_end_s() is None
+    assert len(table) == 0
+
+
+@in_loop
+async def test_an_unread_hold_ends_with_its_lease():
+    clock = ManualClock()
+    async with running(clock) as (engine, heard):
+        engine.start_prefill(prefill("h1", [1] * 32))
+        await heard.ended("h1")
+        assert engine.load().num_free_blocks == 62  # 64 - 2 held
+        clock.advance(30.0)
+        assert engine.load().num_free_blocks == 64
+
+
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+@pytest.mark.parametrize(
+    "trouble", ["lease over", "source dead", "already read", "slow transfer", "nonsense"]
+)
+@in_loop
+async def test_kv_that_does_not_come_is_recomputed_or_an_error(trouble, policy):
+    clock, prompt = ManualClock(), [1, 2, 3] * 10
+    transfer_s = 5.0 if trouble == "slow transfer" else 0.0
+    async with (
+        running(clock) as (source_engine, source_heard),
+        running(kv_load_failure_policy=policy, transfer_s=transfer_s) as (engine, heard),
+    ):
+        source_engine.start_prefill(prefill("h1", prompt))
+        await source_heard.ended("h1")
+        source = source_heard.prefills["h1"].kv_source
+        if trouble == "lease over":
+            clock.advance(31.0)  # the source let go; this reader does not know
+        elif trouble == "source dead":
+            await source_engine.stop()
+        elif trouble == "already read":
+            engine.start_decode(decode("thief", prompt, source))
+            await heard.ended("thief")
+        elif trouble == "slow transfer":
+            source = msgspec.structs.replace(source, lease_s=0.05)
+        elif trouble == "nonsense":
+            source = msgspec.structs.replace(source, transfer_params={"endpoint": "no:where", "hold_id": "x"})
+        engine.start_decode(decode("h1", prompt, source))
+        await heard.ended("h1")
+        assert engine.load().num_kv_transfer_failures == 1
+        assert engine.load().num_free_blocks == 64
+        if policy == "fail":
+            assert heard.failures["h1"].code == "kv_transfer_failed"
+        else:
+            assert heard.tokens["h1"] == generated(prompt)[0]
+
+
+@in_loop
+async def test_the_wrong_kv_gives_the_wrong_answer():
+    """So that a mixed-up hand-off cannot pass for a right one in any test that uses this engine."""
+    async with running() as (engine, heard):
+        engine.start_prefill(prefill("h1", [1] * 30))
+        await heard.ended("h1")
+        stolen: KvSource = heard.prefills["h1"].kv_source
+        engine.start_decode(decode("h2", [2] * 30, stolen))
+        await heard.ended("h2")
+        assert heard.tokens["h2"] == generated([1] * 30)[0] != generated([2] * 30)[0]
+
+
+@in_loop
+async def test_the_kv_server_hangs_up_on_strangers():
+    async with running() as (engine, heard):
+        engine.start_prefill(prefill("h1", [1] * 30))
+        await heard.ended("h1")
+        endpoint = heard.prefills["h1"].kv_source.transfer_params["endpoint"]
+        host, _, port = endpoint.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"\x80\x04\x95" * 1_000)
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.close()
+        engine.start_decode(decode("h1", [1] * 30, heard.prefills["h1"].kv_source))
+        await heard.until(lambda: "h1" in heard.last)
+
+
+# ── faults ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("phase", ["prefill", "transfer", "decode"])
+@in_loop
+async def test_a_phase_that_never_answers_still_obeys_an_abort(phase):
+    async with running() as (engine, heard):
+        engine.start_prefill(prefill("source", [1] * 30))
+        await heard.ended("source")
+        engine.faults.never_answer = phase
+        if phase == "prefill":
+            engine.start_prefill(prefill("stuck", [2] * 30))
+        else:
+            engine.start_decode(decode("stuck", [1] * 30, heard.prefills["source"].kv_source))
+        if phase != "decode":
+            engine.start_decode(decode("other", [3]))
+            await heard.ended("other")  # the engine itself goes on
+        assert "stuck" not in heard.order
+        engine.abort("stuck")
+        engine.abort("source")
+        assert heard.failures["stuck"].code == "aborted"
+        assert engine.load().num_free_blocks == 64
+
+
+@in_loop
+async def test_the_next_legs_fail_when_told_to():
+    async with running(faults=Faults(num_legs_to_fail=2)) as (engine, heard):
+        for number in range(3):
+            engine.start_decode(decode(f"h{number}", [1]))
+        await heard.ended("h0", "h1", "h2")
+        assert sorted(heard.failures) == ["h0", "h1"]
+
+
+@in_loop
+async def test_death_fails_what_runs_before_it_is_told():
+    async with running(faults=Faults(num_legs_until_death=2), step_s=3_600.0) as (engine, heard):
+        for number in range(3):
+            engine.start_decode(decode(f"h{number}", [1]))
+        await heard.until(lambda: heard.death)
+        assert [heard.failures[f"h{number}"].code for number in range(3)] == ["engine_failed"] * 3
+
+
+@in_loop
+async def test_stop_fails_what_runs_and_may_be_repeated():
+    async with running(step_s=3_600.0) as (engine, heard):
+        engine.start_decode(decode("h1", [1]))
+        await engine.stop()
+        await engine.stop()
+        assert heard.failures["h1"].code == "aborted"
+        assert engine.load().num_free_blocks == 64
