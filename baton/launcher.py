@@ -284,7 +284,8 @@ ready: {url}  (Ctrl-C drains and stops)
   {python} -c 'from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key="none")
 messages = [{{"role": "user", "content": "Once upon a time"}}]
-print(client.chat.completions.create(model="{model}", messages=messages, max_tokens=32).choices[0].message.content)'
+answer = client.chat.completions.create(model="{model}", messages=messages, max_tokens=32)
+print(answer.choices[0].message.content)'
 
   {baton} submit --address {client_address} --max-tokens 32 "Once upon a time"
 """

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Lint, formatting, types and import layers; no process is started.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$ROOT"
+
+ensure_environment cpu dev
+
+stage() { # stage NAME COMMAND...
+  local name=$1 started=$SECONDS
+  shift
+  echo "== $name: $*"
+  "$@"
+  echo "== $name passed after $((SECONDS - started)) s"
+}
+
+stage lint "$VENV/bin/ruff" check .
+stage format "$VENV/bin/ruff" format --check .
+stage types "$VENV/bin/mypy"
+stage layers "$VENV/bin/pytest" -q tests/test_layers.py
