@@ -37,6 +37,7 @@ from baton.contract.errors import (
     PromptTooLong,
     ServingError,
     TransferFailed,
+    UnsupportedFeature,
 )
 from baton.contract.messages import (
     KvLayout,
@@ -322,6 +323,8 @@ class VllmEngine:
         except (ServingError, VLLMClientError, ValueError, TypeError) as error:
             # Told from the loop: a listener is never called from inside a command.
             self._call_soon(self._fail, leg, error)
+        except ImportError as error:  # of a package that only some sampling options need
+            self._call_soon(self._fail, leg, UnsupportedFeature(f"this installation lacks {error.name}"))
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens == 0:

@@ -1,0 +1,103 @@
+"""The contract's sampling words in vLLM's. Imports vLLM (seconds), starts nothing."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from baton.contract.lifecycle import WorkerRole
+from baton.contract.messages import TopLogprob
+from baton.contract.sampling import SamplingSpec, StructuredOutput
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+FULL = SamplingSpec(
+    max_tokens=40, min_tokens=3, temperature=0.5, top_p=0.9, top_k=20, min_p=0.1, presence_penalty=0.1,
+    frequency_penalty=0.2, repetition_penalty=1.1, seed=5, stop=["x"], stop_token_ids=[9],
+    include_stop_str_in_output=True, ignore_eos=True, logprobs=2, prompt_logprobs=1, logit_bias={3: 1.5},
+    bad_words=["bad"], allowed_token_ids=[1, 2], skip_special_tokens=False,
+    spaces_between_special_tokens=False, structured_output=StructuredOutput(regex="a+"),
+)  # fmt: skip
+
+
+def test_a_decode_leg_says_what_the_client_said() -> None:
+    from baton.engine.vllm_params import decode_params
+
+    params = decode_params(FULL, {"do_remote_prefill": True})
+    own_words = {"structured_output", "prompt_logprobs"}
+    for field in msgspec.structs.fields(SamplingSpec):
+        if field.name not in own_words:
+            assert getattr(params, field.name) == getattr(FULL, field.name), field.name
+    assert params.structured_outputs is not None
+    assert params.structured_outputs.regex == "a+"
+    assert params.prompt_logprobs is None  # the prefill leg gave them
+    assert params.extra_args == {"kv_transfer_params": {"do_remote_prefill": True}}
+    assert params.n == 1
+    assert params.detokenize
+
+
+def test_a_prefill_leg_makes_one_token() -> None:
+    from baton.engine.vllm_params import prefill_params
+
+    params = prefill_params(FULL, None)
+    assert (params.max_tokens, params.min_tokens, params.prompt_logprobs) == (1, 1, 1)
+    assert params.extra_args is None
+    assert prefill_params(msgspec.structs.replace(FULL, min_tokens=0), None).min_tokens == 0
+
+
+def test_defaults_are_vllms() -> None:
+    from vllm.sampling_params import SamplingParams
+
+    from baton.engine.vllm_params import decode_params
+
+    ours, theirs = decode_params(SamplingSpec(max_tokens=16), None), SamplingParams(max_tokens=16)
+    for field in msgspec.structs.fields(SamplingSpec):
+        if field.name != "structured_output":
+            assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name", "value"),
+    [
+        (StructuredOutput(json_schema={"type": "object"}), "json", {"type": "object"}),
+        (StructuredOutput(json_object=True), "json_object", True),
+        (StructuredOutput(choice=["a", "b"]), "choice", ["a", "b"]),
+        (StructuredOutput(grammar='root ::= "a"'), "grammar", 'root ::= "a"'),
+        (StructuredOutput(structural_tag="{}"), "structural_tag", "{}"),
+    ],
+    ids=["schema", "object", "choice", "grammar", "tag"],
+)
+def test_structured_output(wanted: StructuredOutput, name: str, value: object) -> None:
+    from baton.engine.vllm_params import decode_params
+
+    params = decode_params(SamplingSpec(max_tokens=1, structured_output=wanted), None)
+    assert getattr(params.structured_outputs, name) == value
+
+
+def test_logprobs_keep_vllms_order() -> None:
+    from vllm.logprobs import Logprob
+
+    from baton.engine.vllm_params import output_logprobs, prompt_logprobs
+
+    position = {7: Logprob(-2.0, 5, "g"), 1: Logprob(-0.5, 1, "a"), 2: Logprob(-1.0, 2, "b")}
+    entries = [
+        TopLogprob(token_id=7, logprob=-2.0, rank=5, decoded="g"),
+        TopLogprob(token_id=1, logprob=-0.5, rank=1, decoded="a"),
+        TopLogprob(token_id=2, logprob=-1.0, rank=2, decoded="b"),
+    ]
+    assert output_logprobs([position]) == [entries]
+    assert output_logprobs(None) is None
+    assert prompt_logprobs([None, position]) == [None, entries]
+
+
+def test_the_engine_and_the_connector_use_the_same_keys() -> None:
+    from baton.engine import vllm_engine, vllm_settings
+    from baton.transfer import nixl_connector
+
+    for name in ("HOLD_UNLESS_STOPPED", "LEASE_END_S", "RELEASE_HELD"):
+        assert getattr(vllm_engine, name) == getattr(nixl_connector, name)
+    settings = vllm_settings.VllmEngineSettings(model="m", role=WorkerRole.DECODE)
+    arguments = vllm_settings.transfer_arguments(settings)
+    assert arguments["kv_connector_module_path"] == nixl_connector.CONNECTOR_MODULE
+    assert arguments["kv_connector"] == nixl_connector.CONNECTOR_NAME
+    assert hasattr(nixl_connector, arguments["kv_connector"])
