@@ -14,6 +14,7 @@ import asyncio
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 LINE_LIMIT_BYTES = 128
 """A line is an id and a number; whoever sends more is not one of ours and is hung up on."""
@@ -158,7 +159,7 @@ class _Link:
             self._transport.write("".join(f"{hold_id}\n" for hold_id in self._unsent).encode())
             self._unsent.clear()
 
-    def _on_lines(self, lines: list[str], _: asyncio.Transport) -> None:
+    def _on_lines(self, lines: list[str], transport: asyncio.Transport) -> None:
         for line in lines:
             hold_id, _, answer = line.partition(" ")
             if hold_id in self._open:
@@ -203,9 +204,9 @@ class _Lines(asyncio.Protocol):
         self._rest = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._connections.add(transport)
+        # A cast, not an isinstance: uvloop's transports do not inherit asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        self._connections.add(self._transport)
 
     def data_received(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")

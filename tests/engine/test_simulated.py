@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
+import uvloop
 
 from baton.clock import ManualClock
 from baton.contract.messages import KvSource, StartDecode, StartPrefill
@@ -22,7 +23,7 @@ DEADLINE_S = 20.0
 
 
 def in_loop(test):
-    """Runs an async test with a deadline."""
+    """Runs an async test on the workers' event loop, with a deadline."""
 
     @functools.wraps(test)
     def run(**arguments):
@@ -30,7 +31,8 @@ def in_loop(test):
             async with asyncio.timeout(DEADLINE_S):
                 await test(**arguments)
 
-        asyncio.run(with_deadline())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(with_deadline())
 
     return run
 

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+import uvloop
 
 from baton.clock import SystemClock
 from baton.contract import codec
@@ -52,7 +53,8 @@ def pytest_pyfunc_call(pyfuncitem):
             for coordinator in getattr(arguments.get("make_coordinator"), "made", ()):
                 coordinator.close()
 
-    asyncio.run(with_deadline())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(with_deadline())
     return True
 
 
