@@ -1,0 +1,139 @@
+"""The coordinator as a process: event loop, doors, signals, exit code.
+
+first SIGTERM or Ctrl-C    refuse new requests, let accepted ones finish, then exit 0
+second one                 exit now with 128 + signal
+address taken              exit 1 with one sentence, before anything is served
+bad setting                exit 2
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import sys
+
+import uvloop
+
+from baton.clock import SystemClock
+from baton.contract.messages import RegisterWorker
+from baton.policy.fewest_queued_tokens import FewestQueuedTokens
+from baton.policy.smallest_batch import SmallestBatch
+from baton.process_guard import ProcessIdentity, die_with
+from baton.settings import resolved
+from baton.telemetry import configure_logging, event
+from baton.wire.endpoints import tcp
+from coordinator.app import Coordinator
+from coordinator.core import Core, CoreSettings
+from coordinator.http import HttpDoor, HttpSettings
+from coordinator.metrics import Metrics
+from coordinator.prompts import FleetPrompts
+from coordinator.served_names import ServedNames
+from coordinator.settings import CoordinatorSettings
+from coordinator.tokenizer import FleetTokenizer
+from coordinator.zmq_door import ZmqDoor
+
+logger = logging.getLogger("baton.coordinator")
+
+EXIT_OK, EXIT_FAILURE = 0, 1
+
+
+def run_coordinator(settings: CoordinatorSettings) -> int:
+    """Blocks until the coordinator has left; the exit code."""
+    if settings.exit_with_parent:
+        die_with(ProcessIdentity.parent())
+    configure_logging("coordinator", settings.log_level)
+    print(f"coordinator settings\n{resolved(settings)}", flush=True)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_live(settings))
+
+
+async def _live(settings: CoordinatorSettings) -> int:
+    boot_id = secrets.token_hex(8)
+    core = Core(_core_settings(settings), FewestQueuedTokens(), SmallestBatch(), boot_id[:4])
+    coordinator = Coordinator(
+        core,
+        SystemClock(),
+        boot_id=boot_id,
+        heartbeat_interval_s=settings.heartbeat_interval_s,
+        heartbeat_timeout_s=settings.heartbeat_timeout_s,
+    )
+    tokenizer = FleetTokenizer()
+    _load_tokenizer_when_known(settings, coordinator, tokenizer)
+    names = ServedNames(settings.served_model_name, coordinator)
+    metrics = Metrics()
+    coordinator.on_finished.append(metrics.on_finished)
+    http = HttpDoor(
+        coordinator,
+        HttpSettings(served_model_names=settings.served_model_name, api_key=settings.api_key),
+        tokenizer,
+        metrics,
+    )
+    door = ZmqDoor(coordinator, FleetPrompts(tokenizer, coordinator), names)
+    asked = _signals()
+    try:
+        fleet = coordinator.start(tcp(settings.host, settings.fleet_port))
+        client = door.start(tcp(settings.host, settings.client_port))
+        http_port = await http.start(settings.host, settings.http_port)
+    except OSError as error:
+        event(logger, "start failed", level=logging.ERROR, reason=error.strerror or error)
+        return EXIT_FAILURE
+    event(
+        logger, "coordinator ready", boot_id=boot_id, pid=os.getpid(), fleet=fleet, client=client,
+        http=f"http://{settings.host}:{http_port}",
+    )  # fmt: skip
+    await asked.wait()
+    await http.stop_accepting()
+    await coordinator.drain(settings.drain_timeout_s)
+    await coordinator.stop()
+    door.close()
+    await http.close(grace_s=1.0)
+    tokenizer.close()
+    event(logger, "coordinator stopped")
+    return EXIT_OK
+
+
+def _core_settings(settings: CoordinatorSettings) -> CoreSettings:
+    return CoreSettings(
+        max_queued=settings.max_queued,
+        max_attempts=settings.max_attempts,
+        transfer_failure_policy=settings.transfer_failure_policy,
+        queue_timeout_s=settings.queue_timeout_s,
+        prefill_timeout_s=settings.prefill_timeout_s,
+        handoff_timeout_s=settings.handoff_timeout_s,
+        decode_stall_timeout_s=settings.decode_stall_timeout_s,
+    )
+
+
+def _load_tokenizer_when_known(
+    settings: CoordinatorSettings, coordinator: Coordinator, tokenizer: FleetTokenizer
+) -> None:
+    if settings.tokenizer == "none":
+        return
+    if settings.model is not None:
+        tokenizer.start_loading(settings.model)
+        return
+
+    def on_worker(registration: RegisterWorker) -> None:
+        tokenizer.start_loading(registration.layout.model)
+
+    coordinator.on_worker_registered.append(on_worker)
+
+
+def _signals() -> asyncio.Event:
+    """Set by the first signal; the second ends the process."""
+    asked = asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        if asked.is_set():
+            sys.stdout.flush()
+            os._exit(128 + number)
+        event(logger, "drain asked", signal=number.name)
+        asked.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+    return asked
