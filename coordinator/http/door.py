@@ -52,7 +52,7 @@ class HttpDoor:
         self.date_line = b""
         self._clock = clock if clock is not None else SystemClock()
         self._server: asyncio.Server | None = None
-        self._sweep: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._num_exchanges = 0
         self._idle = asyncio.Event()
         self._closed = asyncio.Event()
@@ -79,8 +79,8 @@ class HttpDoor:
                 await asyncio.wait_for(self._idle.wait(), grace_s)
             except TimeoutError:
                 log.warning("http door dropping requests num_requests=%d", self._num_exchanges)
-        if self._sweep is not None:
-            self._sweep.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._server is not None:
             self._server.close()
         for connection in list(self.connections):
@@ -144,14 +144,18 @@ class HttpDoor:
         self.refused(error)
         exchange.fail(error, must_close=True)
 
-    def _tick(self) -> None:
+    def sweep(self) -> None:
+        """What happens once a second: deadlines of all connections, and the date that answers carry."""
         now_s = self._clock.now_s()
         self.date_line = b"date: %b\r\n" % formatdate(usegmt=True).encode("ascii")
         for connection in list(self.connections):
             connection.check_deadlines(now_s)
             if self.is_draining:
                 connection.close_if_idle()
-        self._sweep = asyncio.get_running_loop().call_later(_SWEEP_S, self._tick)
+
+    def _tick(self) -> None:
+        self.sweep()
+        self._timer = asyncio.get_running_loop().call_later(_SWEEP_S, self._tick)
 
 
 class _Guard(AbstractContextManager[None]):

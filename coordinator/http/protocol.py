@@ -117,8 +117,8 @@ class HttpConnection(asyncio.Protocol):
         was_in_head = self._in_message and not self._is_head_done
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refusal = MalformedHttp("protocol upgrades are not served here; speak plain HTTP/1.1")
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             if self._refusal is None:
                 self._refusal = MalformedHttp(f"this is not HTTP/1.1: {error}")
@@ -188,7 +188,7 @@ class HttpConnection(asyncio.Protocol):
         self._in_message = False
         self._is_head_done = False
         self._deadline_s = None
-        if self._refusal is not None:
+        if self._refusal is not None or self._parser.should_upgrade():
             return
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         is_keep_alive = self._parser.should_keep_alive()
@@ -253,6 +253,10 @@ class HttpConnection(asyncio.Protocol):
         else:
             self._drop()
 
+    @property
+    def is_reading_paused(self) -> bool:
+        return self._is_read_paused
+
     def close_if_idle(self) -> None:
         """For draining: a connection between requests has nothing to wait for."""
         if self._exchange is None and not self._in_message and not self._waiting:
@@ -309,6 +313,25 @@ class HttpConnection(asyncio.Protocol):
         limit = self._host.settings.max_head_bytes
         if self._head_bytes > limit and self._refusal is None:
             self._refusal = HeadTooLarge(f"the headers have {self._head_bytes} bytes or more, limit {limit}")
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Java's HTTP client offers h2c on each first request. The parser stops at such an offer and
+        would leave the body unread, so the request starts again without it, in a new parser."""
+        method = self._parser.get_method()
+        if method == b"CONNECT":
+            self._refusal = MalformedHttp("this is no proxy: CONNECT is not served")
+            return
+        kept = b"".join(
+            b"%b: %b\r\n" % (name, value)
+            for name, value in self._headers.items()
+            if name not in (b"upgrade", b"connection", b"http2-settings")
+        )
+        head = b"%b %b HTTP/1.1\r\n%b\r\n" % (method, self._url, kept)
+        self._parser = httptools.HttpRequestParser(self)
+        try:
+            self._parser.feed_data(head + rest)
+        except httptools.HttpParserError as error:
+            self._refusal = MalformedHttp(f"this is not HTTP/1.1: {error}")
 
     def _refuse_body(self, num_bytes: int) -> None:
         limit = self._host.settings.max_body_bytes

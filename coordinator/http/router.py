@@ -28,6 +28,7 @@ class Route:
 ROUTES: dict[str, Route] = {
     "/v1/completions": Route(b"POST", completions.complete, is_work=True),
     "/v1/chat/completions": Route(b"POST", chat.chat, is_work=True),
+    "/fleet": Route(b"GET", service.fleet),
     "/v1/models": Route(b"GET", service.models),
     "/tokenize": Route(b"POST", service.tokenize),
     "/detokenize": Route(b"POST", service.detokenize),
@@ -51,7 +52,8 @@ def dispatch(door: Door, exchange: Exchange) -> None:
         if not request.path.startswith("/v1/models/"):
             raise NoSuchRoute(f"no route {request.path[:200]}; see {', '.join(sorted(ROUTES))}")
         route = _MODEL
-    if request.method != route.method:
+    # HEAD is a GET whose body the exchange leaves away.
+    if request.method != route.method and not (request.method == b"HEAD" and route.method == b"GET"):
         _other_method(exchange, route)
         return
     if not route.is_open and door.settings.api_key is not None:

@@ -179,7 +179,9 @@ def _check_constraint(name: str, value: object) -> None:
         try:
             is_object = isinstance(msgspec.json.decode(value), dict)
         except (msgspec.DecodeError, RecursionError) as error:
-            raise InvalidRequest(f"structured_outputs.{name} is not JSON: {error}") from error
+            raise InvalidRequest(
+                f"structured_outputs.{name} is not JSON: {error}", param="structured_outputs"
+            ) from error
         if not is_object:
             raise InvalidRequest(f"structured_outputs.{name} is no JSON object", param="structured_outputs")
 

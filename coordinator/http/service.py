@@ -24,6 +24,11 @@ def live(door: Door, exchange: Exchange) -> None:
     exchange.respond(200, b'{"status":"live"}')
 
 
+def fleet(door: Door, exchange: Exchange) -> None:
+    """The coordinator's view of its workers."""
+    exchange.respond(200, to_json(door.intake.snapshot()))
+
+
 def health(door: Door, exchange: Exchange) -> None:
     """Serving, perhaps with nobody to serve with yet; not draining."""
     if door.is_draining:

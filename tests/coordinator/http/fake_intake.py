@@ -86,6 +86,9 @@ class FakeIntake:
     def facts(self) -> FleetFacts:
         return self.current
 
+    def snapshot(self) -> dict[str, object]:
+        return {"workers": []}
+
     def release(self) -> None:
         self._gate.set()
 
