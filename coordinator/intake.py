@@ -53,3 +53,6 @@ class Intake(Protocol):
         """The client left. Unknown ids are ignored; the sink still hears on_finished (aborted)."""
 
     def facts(self) -> FleetFacts: ...
+
+    def snapshot(self) -> dict[str, object]:
+        """Who is registered, how loaded, what is promised: JSON-ready, for people and checks."""
