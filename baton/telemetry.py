@@ -9,7 +9,8 @@ import logging
 import sys
 from typing import TextIO
 
-LEVELS = ("debug", "info", "warning", "error")
+LIFECYCLE_LOGGER = "baton.lifecycle"
+"""For the few lines that people and scripts wait for (ready, draining, stopped): always shown."""
 
 
 def configure_logging(role: str, level: str, stream: TextIO | None = None) -> None:
@@ -19,6 +20,7 @@ def configure_logging(role: str, level: str, stream: TextIO | None = None) -> No
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    logging.getLogger(LIFECYCLE_LOGGER).setLevel(logging.INFO)
 
 
 def event(logger: logging.Logger, name: str, *, level: int = logging.INFO, **fields: object) -> None:

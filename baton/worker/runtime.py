@@ -43,15 +43,18 @@ from baton.contract.messages import (
     WorkerRefused,
 )
 from baton.engine.base import Engine, EngineDescription, FinishedPrefill
-from baton.telemetry import event
+from baton.telemetry import LIFECYCLE_LOGGER, event
 from baton.wire.channels import DealerChannel
 from baton.worker.legs import Drop, LegTable, Refuse
 from baton.worker.registration import Registration, RegistrationState
 
 logger = logging.getLogger("baton.worker")
+lifecycle = logging.getLogger(LIFECYCLE_LOGGER)
 
 HELD_KV_INTERVAL_S = 0.1
 """How often a draining prefill worker looks whether its KV has been read: engines do not tell."""
+
+DEFAULT_HEARTBEAT_INTERVAL_S = 1.0
 
 CLOSE_LINGER_MS = 500
 
@@ -92,7 +95,7 @@ class WorkerRuntime:
         self._clock = clock
         self._drain_timeout_s = drain_timeout_s
         self._registration = Registration()
-        self._heartbeat_interval_s = 1.0
+        self._heartbeat_interval_s = DEFAULT_HEARTBEAT_INTERVAL_S
         self._channel: DealerChannel | None = None
         self._changed = asyncio.Event()
         """Something happened that the task in `serve` or `drain` has to look at."""
@@ -136,7 +139,7 @@ class WorkerRuntime:
         end; both within the drain timeout. Then stop the engine. What is left is aborted."""
         self._legs.is_draining = True
         deadline_s = self._clock.now_s() + self._drain_timeout_s
-        event(logger, "drain started", reason=self.end_reason, num_legs=len(self._legs))
+        event(lifecycle, "drain started", reason=self.end_reason, num_legs=len(self._legs))
         self._say_leaving()
         while self.end is not EndOfServing.ENGINE_DEAD and (len(self._legs) or self._is_kv_held()):
             left_s = deadline_s - self._clock.now_s()
@@ -156,7 +159,7 @@ class WorkerRuntime:
                 self._say_leaving()
             self._channel.close(linger_ms=CLOSE_LINGER_MS)
             self._channel = None
-            event(logger, "worker stopped", reason=self.end_reason)
+            event(lifecycle, "worker stopped", reason=self.end_reason)
 
     def request_drain(self, reason: str) -> None:
         """May be called at any time, before `start` too; `serve` then ends."""
@@ -293,10 +296,11 @@ class WorkerRuntime:
         if self._registration.is_registered:
             return
         self._registration.accepted()
-        # A coordinator with an absurd interval must neither flood itself nor lose us.
-        self._heartbeat_interval_s = min(max(message.heartbeat_interval_s, 0.01), 60.0)
+        # With an absurd interval we would flood the coordinator, or be given up by it.
+        if 0.01 <= message.heartbeat_interval_s <= 60.0:
+            self._heartbeat_interval_s = message.heartbeat_interval_s
         event(
-            logger, "worker registered again" if self._has_been_ready else "worker ready",
+            lifecycle, "worker registered again" if self._has_been_ready else "worker ready",
             worker_id=self.identity.worker_id, boot_id=self.identity.boot_id,
             role=self.identity.role.value, coordinator=self._coordinator_address,
             coordinator_boot_id=message.coordinator_boot_id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import random
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -349,6 +350,50 @@ async def test_the_kv_server_hangs_up_on_strangers():
         writer.close()
         engine.start_decode(decode("h1", [1] * 30, heard.prefills["h1"].kv_source))
         await heard.until(lambda: "h1" in heard.last)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@in_loop
+async def test_random_work_and_aborts_leave_nothing_behind(seed):
+    """300 hand-offs through small caches, a third of them aborted at a random moment on both sides:
+    every leg ends once, answers are right, and both engines have all their blocks again."""
+    dice = random.Random(seed)
+    small = {"num_blocks": 24, "max_batch_size": 6, "max_num_batched_tokens": 48}
+    async with running(**small) as (source_engine, source), running(**small) as (engine, heard):
+
+        async def hand_off(name):
+            prompt = [dice.randrange(1_000) for _ in range(dice.randint(1, 100))]
+            num_tokens = dice.randint(2, 40)
+            source_engine.start_prefill(prefill(name, prompt, max_tokens=num_tokens))
+            if is_aborted := dice.random() < 0.33:
+                for _ in range(dice.randrange(12)):
+                    await asyncio.sleep(0)
+                source_engine.abort(name)
+            await source.ended(name)
+            if name in source.failures:
+                return
+            first = source.prefills[name].delta.token_ids
+            kv_source = source.prefills[name].kv_source
+            engine.start_decode(decode(name, prompt + first, kv_source, max_tokens=num_tokens - 1))
+            if is_aborted:
+                for _ in range(dice.randrange(40)):
+                    await asyncio.sleep(0)
+                engine.abort(name)
+                source_engine.abort(name)
+            await heard.ended(name)
+            if name in heard.last:
+                assert first + heard.tokens[name] == generated(prompt, max_tokens=num_tokens)[0]
+
+        names = [f"h{number}" for number in range(300)]
+        await asyncio.gather(*map(hand_off, names))
+        for name in names:
+            source_engine.abort(name)  # what nobody came to fetch
+        assert len(source.order) == len(set(source.order)) == 300
+        assert len(heard.order) == len(set(heard.order))
+        assert 0 < len(heard.last) < 300
+        for each in (source_engine, engine):
+            load = each.load()
+            assert (load.num_running, load.num_waiting, load.num_free_blocks) == (0, 0, 24)
 
 
 # ── faults ───────────────────────────────────────────────────────────────────────────────────────

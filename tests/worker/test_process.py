@@ -65,7 +65,8 @@ def options(coordinator, *more: str) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 async def test_starts_registers_and_leaves_cleanly(make_coordinator, role, number):
     coordinator = make_coordinator()
-    async with worker_process(role, *options(coordinator, "--worker-id", "w7")) as worker:
+    arguments = options(coordinator, "--worker-id", "w7", "--log-level", "error")
+    async with worker_process(role, *arguments) as worker:
         assert "worker_id=w7" in await worker.line("worker ready")
         registration = await coordinator.expect(RegisterWorker)
         assert (registration.role.value, registration.pid) == (role, worker.process.pid)
