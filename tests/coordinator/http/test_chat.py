@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from baton.contract.tokens import unpack_token_ids
 from tests.coordinator.http.fake_intake import Script
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -195,7 +196,7 @@ def calls_of(answer, is_stream):
         choice = answer.json["choices"][0]
         return choice["message"].get("tool_calls", []), choice["finish_reason"]
     choices = [e["choices"][0] for e in answer.events[:-1]]
-    calls = {}
+    calls: dict[int, Any] = {}
     for choice in choices:
         for part in choice["delta"].get("tool_calls", []):
             if part["index"] in calls:
