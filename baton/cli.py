@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import cast
 
 DISTRIBUTION = "baton-serving"
+EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
@@ -54,13 +55,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"baton: no command {name!r}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        return _entry(command)(rest)
+        entry = cast(Callable[[list[str]], int], importlib.import_module(command.module).main)
+    except ModuleNotFoundError as error:
+        print(
+            f"baton {name}: the package {error.name!r} is not installed; scripts/serve.sh and "
+            f"scripts/test.sh install everything into .venv",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
+    try:
+        return entry(rest)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-
-
-def _entry(command: Command) -> Callable[[list[str]], int]:
-    return cast(Callable[[list[str]], int], importlib.import_module(command.module).main)
 
 
 def version() -> str:
