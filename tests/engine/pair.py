@@ -105,7 +105,13 @@ class EnginePair:
     def run(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = 120.0) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
 
-    async def start(self, **settings: Any) -> None:
+    async def start(
+        self,
+        *,
+        prefill: dict[str, Any] | None = None,
+        decode: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
         from baton.engine.vllm_engine import VllmEngine
         from baton.engine.vllm_settings import VllmEngineSettings
 
@@ -116,12 +122,15 @@ class EnginePair:
             "kv_lease_s": LEASE_S,
             "kv_lease_margin_s": LEASE_MARGIN_S,
             "max_batch_size": 16,
+            "kv_load_failure_policy": "fail",
         } | settings
         self.prefill_listener, self.decode_listener = Recorder(), Recorder()
-        self.prefill: VllmEngine = VllmEngine(VllmEngineSettings(role=WorkerRole.PREFILL, **common))
+        self.prefill: VllmEngine = VllmEngine(
+            VllmEngineSettings(role=WorkerRole.PREFILL, **(common | (prefill or {})))
+        )
         self.prefill_description: EngineDescription = await self.prefill.start(self.prefill_listener)
         self.decode: VllmEngine = VllmEngine(
-            VllmEngineSettings(role=WorkerRole.DECODE, **(common | {"kv_load_failure_policy": "fail"}))
+            VllmEngineSettings(role=WorkerRole.DECODE, **(common | (decode or {})))
         )
         self.decode_description: EngineDescription = await self.decode.start(self.decode_listener)
 

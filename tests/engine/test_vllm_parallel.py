@@ -1,0 +1,53 @@
+"""Tensor parallelism on either side: the sides need not agree. Slow on few cores, so few cases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from baton.contract.lifecycle import WorkerRole
+from baton.contract.sampling import SamplingSpec
+from tests.engine.pair import EnginePair
+
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow, pytest.mark.timeout(600)]
+
+GREEDY = SamplingSpec(max_tokens=10, temperature=0.0, ignore_eos=True)
+
+
+@pytest.mark.parametrize(("prefill_ranks", "decode_ranks"), [(1, 2), (2, 1)], ids=["1-to-2", "2-to-1"])
+def test_different_tensor_parallel_sizes(demo_model: Path, prefill_ranks: int, decode_ranks: int) -> None:
+    pair = EnginePair(demo_model)
+    try:
+        pair.run(
+            pair.start(
+                prefill={"tensor_parallel_size": prefill_ranks},
+                decode={"tensor_parallel_size": decode_ranks},
+                kv_lease_s=60,
+            ),
+            timeout_s=300,
+        )
+        for num_tokens in (1, 32, 100):
+            prompt = [(num_tokens * 31 + i * 17) % 2000 for i in range(num_tokens)]
+            sampling = msgspec.structs.replace(GREEDY, logprobs=0)
+            expected = pair.run(pair.colocated(prompt, sampling))
+            pair.run(pair.forget_prefixes())
+            for first_token_by in WorkerRole:
+                _, result = pair.run(pair.handoff(prompt, sampling, first_token_by=first_token_by))
+                assert result.token_ids == expected.token_ids
+        load = pair.decode.load()
+        assert load.num_kv_transfer_failures == 0
+        assert load.num_kv_bytes_received > 0
+        pair.run(pair.wait_until_free())
+
+        held = pair.run(pair.run_prefill([5] * 100, GREEDY, handoff_id="held"))
+        assert held.kv_source is not None  # type: ignore[union-attr]
+
+        async def abort() -> None:
+            pair.prefill.abort("held")
+
+        pair.run(abort())
+        pair.run(pair.wait_until_free())
+    finally:
+        pair.close()
