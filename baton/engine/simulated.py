@@ -19,8 +19,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Literal
 
 from baton.clock import Clock, SystemClock
 from baton.contract.errors import (
@@ -43,57 +41,18 @@ from baton.contract.messages import (
 )
 from baton.contract.tokens import TOKEN_BYTES
 from baton.engine.base import EngineDescription, EngineListener, FinishedPrefill
+from baton.engine.simulated_kv import KvCache
 from baton.engine.simulated_model import SimulatedSequence, prompt_logprobs, unsupported
-from baton.engine.simulated_transfer import HoldTable, KvReader, KvServer
+from baton.engine.simulated_settings import (
+    HEAD_DIM,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
+    Faults,
+    SimulatedEngineSettings,
+)
+from baton.engine.simulated_transfer import KvReader, KvServer
 
 logger = logging.getLogger(__name__)
-
-NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, ELEMENT_BYTES = 4, 2, 32, 4
-"""The shape the invented KV claims to have: 2 KiB a token."""
-
-Phase = Literal["prefill", "transfer", "decode"]
-
-
-def kv_bytes_per_block(block_size_tokens: int) -> int:
-    return 2 * NUM_LAYERS * NUM_KV_HEADS * HEAD_DIM * ELEMENT_BYTES * block_size_tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulatedEngineSettings:
-    model: str = "simulated"
-    host: str = "127.0.0.1"
-    transfer_port: int = 0
-    """0: a free one."""
-    num_blocks: int = 65_536
-    block_size_tokens: int = 32
-    max_batch_size: int = 256
-    max_model_len: int = 32_768
-    max_num_batched_tokens: int = 8_192
-    step_s: float = 0.0
-    """0: as fast as possible."""
-    prefill_tokens_per_s: float | None = None
-    """None: prompts cost no time beside the step's."""
-    transfer_s: float = 0.0
-    """How long a pull of KV takes."""
-    kv_lease_s: float = 30.0
-    kv_load_failure_policy: Literal["recompute", "fail"] = "recompute"
-    mean_output_tokens: int | None = None
-    """After about so many tokens the model ends a sequence by itself; None: never."""
-
-    @property
-    def kv_bytes_per_block(self) -> int:
-        return kv_bytes_per_block(self.block_size_tokens)
-
-
-@dataclass(slots=True)
-class Faults:
-    """What goes wrong from now on; may be changed at any time."""
-
-    never_answer: Phase | None = None
-    """Legs that reach this phase stay in it for ever, holding what they hold."""
-    num_legs_to_fail: int = 0
-    num_legs_until_death: int | None = None
-    """The engine dies when it is given the leg after so many."""
 
 
 class _Leg:
@@ -142,18 +101,16 @@ class SimulatedEngine:
         self._fetching: dict[str, _Leg] = {}
         self._stalled: dict[str, _Leg] = {}
         self._leg_by_hold: dict[str, _Leg] = {}
-        self._num_free_blocks = settings.num_blocks
         self._num_prefill_tokens_done = 0
         self._num_kv_bytes_received = 0
         self._num_kv_transfers = 0
         self._num_kv_transfer_failures = 0
         self._num_preemptions = 0
-        self._holds = HoldTable(settings.kv_lease_s)
-        self._lease_timer: asyncio.TimerHandle | None = None
-        self._server = KvServer(self._on_remote_read)
+        self._wake = asyncio.Event()
+        self._kv = KvCache(settings.num_blocks, settings.kv_lease_s, self._clock, on_freed=self._wake.set)
+        self._server = KvServer(self._kv.read)
         self._reader = KvReader(self._on_read)
         self._transfer_endpoint = ""
-        self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._listener: EngineListener
         self._loop: asyncio.AbstractEventLoop
@@ -211,16 +168,16 @@ class SimulatedEngine:
         leg = self._legs.get(handoff_id)
         if leg is not None:
             self._fail(leg, Aborted(f"leg {handoff_id} was stopped on request"))
-        elif (hold := self._holds.take_of(handoff_id)) is not None:
-            self._free(hold.num_blocks)
+        else:
+            self._kv.let_go(handoff_id)
 
     def load(self) -> WorkerLoad:
-        self._expire_holds()
+        self._kv.expire()
         num_waiting = len(self._waiting) + len(self._fetching)
         return WorkerLoad(
             num_running=len(self._legs) - num_waiting,
             num_waiting=num_waiting,
-            num_free_blocks=self._num_free_blocks,
+            num_free_blocks=self._kv.num_free_blocks,
             num_prefill_tokens_done=self._num_prefill_tokens_done,
             num_kv_bytes_received=self._num_kv_bytes_received,
             num_kv_transfers=self._num_kv_transfers,
@@ -244,9 +201,7 @@ class SimulatedEngine:
     def _stop_stepping(self) -> None:
         if self._task is not None:
             self._task.cancel()
-        if self._lease_timer is not None:
-            self._lease_timer.cancel()
-            self._lease_timer = None
+        self._kv.stop()
         self._reader.stop()
 
     # ── legs come and go ─────────────────────────────────────────────────────────────────────
@@ -305,52 +260,24 @@ class SimulatedEngine:
             place.pop(leg.handoff_id, None)
         self._forget_source(leg)
         if not are_blocks_held:
-            self._free(leg.num_blocks)
+            self._kv.free(leg.num_blocks)
 
     def _fail(self, leg: _Leg, error: ServingError) -> None:
         if not leg.is_over:
             self._end(leg)
             self._listener.on_leg_failed(leg.handoff_id, error.report())
 
-    # ── blocks and holds ─────────────────────────────────────────────────────────────────────
+    # ── blocks ─────────────────────────────────────────────────────────────────────
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.settings.block_size_tokens)
 
-    def _free(self, num_blocks: int) -> None:
-        self._num_free_blocks += num_blocks
-        self._wake.set()
-
-    def _expire_holds(self) -> None:
-        if (num_blocks := self._holds.expire(self._clock.now_s())) > 0:
-            self._free(num_blocks)
-
-    def _on_lease_timer(self) -> None:
-        self._lease_timer = None
-        self._expire_holds()
-        self._arm_lease_timer()
-
-    def _arm_lease_timer(self) -> None:
-        end_s = self._holds.next_end_s()
-        if self._lease_timer is None and end_s is not None:
-            self._lease_timer = self._loop.call_later(
-                max(0.0, end_s - self._clock.now_s()), self._on_lease_timer
-            )
-
-    def _on_remote_read(self, hold_id: str) -> int | None:
-        self._expire_holds()
-        hold = self._holds.take(hold_id)
-        if hold is None:
-            return None
-        self._free(hold.num_blocks)
-        return hold.kv
-
     def _grow(self, leg: _Leg) -> None:
         """One more block for a leg that outgrew its own; the youngest leg pays if none is free."""
-        if self._num_free_blocks == 0:
+        if not self._kv.take(1):
             victim = next(reversed(self._running.values()))
             del self._running[victim.handoff_id]
-            self._free(victim.num_blocks)
+            self._kv.free(victim.num_blocks)
             victim.num_blocks = 0
             victim.num_left = victim.sequence.num_tokens
             self._waiting[victim.handoff_id] = victim
@@ -358,7 +285,7 @@ class SimulatedEngine:
             self._num_preemptions += 1
             if victim is leg:
                 return
-        self._num_free_blocks -= 1
+            self._kv.take(1)
         leg.num_blocks += 1
 
     # ── fetching KV ──────────────────────────────────────────────────────────────────────────
@@ -456,7 +383,7 @@ class SimulatedEngine:
 
     def _plan_step(self) -> tuple[list[_Leg], int]:
         """(legs that sample a token in this step, prompt tokens computed in it)"""
-        self._expire_holds()
+        self._kv.expire()
         budget = self.settings.max_num_batched_tokens
         num_prompt_tokens = 0
         ready: list[_Leg] = []
@@ -484,10 +411,9 @@ class SimulatedEngine:
         while num_slots > 0 and self._waiting:
             leg = next(iter(self._waiting.values()))
             num_blocks = self._num_blocks_for(leg.sequence.num_tokens)
-            if num_blocks > self._num_free_blocks:
+            if not self._kv.take(num_blocks):
                 return
             del self._waiting[leg.handoff_id]
-            self._num_free_blocks -= num_blocks
             leg.num_blocks = num_blocks
             num_slots -= 1
             if leg.source is None:
@@ -527,10 +453,9 @@ class SimulatedEngine:
         is_held = bool(leg.keep_kv) and delta.finish_reason != "stop"
         self._end(leg, are_blocks_held=is_held)
         if is_held:
-            hold_id = self._holds.add(leg.handoff_id, kv, leg.num_blocks, now_s)
-            self._arm_lease_timer()
+            hold_id = self._kv.hold(leg.handoff_id, kv, leg.num_blocks)
             source = KvSource(
-                lease_s=self._holds.lease_s,
+                lease_s=self.settings.kv_lease_s,
                 num_tokens=sequence.num_prompt_tokens,
                 num_bytes=leg.num_blocks * self.settings.kv_bytes_per_block,
                 transfer_params={"endpoint": self._transfer_endpoint, "hold_id": hold_id},

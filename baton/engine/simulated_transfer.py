@@ -1,75 +1,20 @@
 """How simulated KV gets from one worker to another: a small TCP exchange.
 
-The source keeps each finished prompt as a hold with a lease; a reader connects to the source's
-endpoint and asks for holds by id, one per line; the source answers `<id> <kv>` and lets go, or
-`<id> gone` when the lease has ended. So release needs no registry shared between processes, a dead
-source is noticed at once (the connection breaks), and a late read is an answer instead of
-somebody else's blocks. Ids carry a random part: a restarted source on the same port never answers
-for its predecessor.
+The source keeps each finished prompt as a hold with a lease (`simulated_kv`); a reader connects to
+the source's endpoint and asks for holds by id, one per line; the source answers `<id> <kv>` and
+lets go, or `<id> gone` when the lease has ended. So release needs no registry shared between
+processes, a dead source is noticed at once (the connection breaks), and a late read is an answer
+instead of somebody else's blocks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 LINE_LIMIT_BYTES = 128
 """A line is an id and a number; whoever sends more is not one of ours and is hung up on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    handoff_id: str
-    kv: int
-    num_blocks: int
-    end_s: float
-
-
-class HoldTable:
-    """Finished prompts that wait to be read. All leases are equally long, so the oldest ends first."""
-
-    def __init__(self, lease_s: float) -> None:
-        self.lease_s = lease_s
-        self._holds: dict[str, Hold] = {}
-        self._id_by_handoff: dict[str, str] = {}
-        self._boot = secrets.token_hex(4)
-        self._num_made = 0
-
-    def __len__(self) -> int:
-        return len(self._holds)
-
-    def add(self, handoff_id: str, kv: int, num_blocks: int, now_s: float) -> str:
-        self._num_made += 1
-        hold_id = f"{self._boot}-{self._num_made}"
-        self._holds[hold_id] = Hold(handoff_id, kv, num_blocks, now_s + self.lease_s)
-        self._id_by_handoff[handoff_id] = hold_id
-        return hold_id
-
-    def take(self, hold_id: str) -> Hold | None:
-        """Call `expire` first: a hold whose lease has ended must not be read."""
-        hold = self._holds.pop(hold_id, None)
-        if hold is not None:
-            self._id_by_handoff.pop(hold.handoff_id, None)
-        return hold
-
-    def take_of(self, handoff_id: str) -> Hold | None:
-        hold_id = self._id_by_handoff.get(handoff_id)
-        return None if hold_id is None else self.take(hold_id)
-
-    def expire(self, now_s: float) -> int:
-        """Lets go of what has ended; how many blocks that frees."""
-        num_blocks = 0
-        while (end_s := self.next_end_s()) is not None and end_s <= now_s:
-            hold = self.take(next(iter(self._holds)))
-            assert hold is not None
-            num_blocks += hold.num_blocks
-        return num_blocks
-
-    def next_end_s(self) -> float | None:
-        return next((hold.end_s for hold in self._holds.values()), None)
 
 
 class KvServer:

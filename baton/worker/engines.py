@@ -31,7 +31,8 @@ def build_engine(
 def _simulated(
     settings: WorkerSettings, kv_lease_s: int, kv_load_failure_policy: Literal["recompute", "fail"]
 ) -> Engine:
-    from baton.engine.simulated import Faults, SimulatedEngine, SimulatedEngineSettings, kv_bytes_per_block
+    from baton.engine.simulated import SimulatedEngine
+    from baton.engine.simulated_settings import Faults, SimulatedEngineSettings, kv_bytes_per_block
 
     block_bytes = kv_bytes_per_block(settings.block_size_tokens)
     num_blocks = settings.num_blocks or max(1, int((settings.kv_cache_gib or 1.0) * GIB) // block_bytes)

@@ -158,7 +158,8 @@ def tokens_of(deltas: list[SequenceDelta]) -> list[int]:
 
 
 def simulated_engines() -> tuple[Engine, Engine]:
-    from baton.engine.simulated import SimulatedEngine, SimulatedEngineSettings
+    from baton.engine.simulated import SimulatedEngine
+    from baton.engine.simulated_settings import SimulatedEngineSettings
 
     settings = SimulatedEngineSettings(block_size_tokens=BLOCK, max_model_len=MAX_MODEL_LEN, num_blocks=512)
     return SimulatedEngine(settings), SimulatedEngine(settings)

@@ -16,9 +16,10 @@ from baton.clock import ManualClock
 from baton.contract.messages import KvSource, StartDecode, StartPrefill
 from baton.contract.sampling import SamplingSpec, StructuredOutput
 from baton.contract.tokens import pack_token_ids
-from baton.engine.simulated import Faults, SimulatedEngine, SimulatedEngineSettings
+from baton.engine.simulated import SimulatedEngine
+from baton.engine.simulated_kv import HoldTable
 from baton.engine.simulated_model import EOS_TOKEN_ID, SimulatedSequence, kv_of
-from baton.engine.simulated_transfer import HoldTable
+from baton.engine.simulated_settings import Faults, SimulatedEngineSettings
 
 DEADLINE_S = 20.0
 

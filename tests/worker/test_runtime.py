@@ -23,7 +23,8 @@ from baton.contract.messages import (
     WorkerRefused,
 )
 from baton.engine.base import FinishedPrefill
-from baton.engine.simulated import SimulatedEngine, SimulatedEngineSettings
+from baton.engine.simulated import SimulatedEngine
+from baton.engine.simulated_settings import SimulatedEngineSettings
 from baton.wire.endpoints import free_port
 from baton.worker.runtime import EndOfServing
 

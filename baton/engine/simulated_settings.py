@@ -1,0 +1,53 @@
+"""What can be set about a simulated engine, and what can be made to go wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, ELEMENT_BYTES = 4, 2, 32, 4
+"""The shape the invented KV claims to have: 2 KiB a token."""
+
+Phase = Literal["prefill", "transfer", "decode"]
+
+
+def kv_bytes_per_block(block_size_tokens: int) -> int:
+    return 2 * NUM_LAYERS * NUM_KV_HEADS * HEAD_DIM * ELEMENT_BYTES * block_size_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedEngineSettings:
+    model: str = "simulated"
+    host: str = "127.0.0.1"
+    transfer_port: int = 0
+    """0: a free one."""
+    num_blocks: int = 65_536
+    block_size_tokens: int = 32
+    max_batch_size: int = 256
+    max_model_len: int = 32_768
+    max_num_batched_tokens: int = 8_192
+    step_s: float = 0.0
+    """0: as fast as possible."""
+    prefill_tokens_per_s: float | None = None
+    """None: prompts cost no time beside the step's."""
+    transfer_s: float = 0.0
+    """How long a pull of KV takes."""
+    kv_lease_s: float = 30.0
+    kv_load_failure_policy: Literal["recompute", "fail"] = "recompute"
+    mean_output_tokens: int | None = None
+    """After about so many tokens the model ends a sequence by itself; None: never."""
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        return kv_bytes_per_block(self.block_size_tokens)
+
+
+@dataclass(slots=True)
+class Faults:
+    """What goes wrong from now on; may be changed at any time."""
+
+    never_answer: Phase | None = None
+    """Legs that reach this phase stay in it for ever, holding what they hold."""
+    num_legs_to_fail: int = 0
+    num_legs_until_death: int | None = None
+    """The engine dies when it is given the leg after so many."""
