@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_NOT_READY
     if options.quick:
         report.remarks.insert(0, "Quick run: one short repeat, a functional check and not a measurement.")
+    if report.noisy_rows:
+        rows_text = ", ".join(report.noisy_rows)
+        report.remarks.append(f"Not quiet, somebody else used this machine before: {rows_text}.")
     _show(report, as_json=options.json)
     if options.save:
         _save(report, "scripts/bench.sh " + " ".join(sys.argv[1:] if argv is None else argv))

@@ -2,13 +2,15 @@
 
     baton             coordinator, prefill worker and decode worker (engines embedded)
     vllm-router P/D   the router before two vLLM API servers with the same connector module
-    colocated         one vLLM API server, no connector: what two cores do best, printed beside
+    vllm-router P/D, stock   the same with vLLM's own connector as a user would start it, NIXL's progress
+                      thread spinning: what the setting alone is worth, printed beside
+    colocated vllm    one vLLM API server, no connector: what two cores do best, printed beside
 
 Engines of several fleets would share two cores, so fleets are never up together: each round starts
 one, warms it up, measures it and stops it, then the next (A B C, A B C, ...). CPU is that of all
 processes of a fleet, engines included.
 
-`--rows` names subjects here: baton, vllm-router, colocated.
+`--rows` names subjects here (their names may be cut short); a quick run measures the first two.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import fleets
@@ -32,6 +35,7 @@ from benchmarks.peers import VLLM_ROUTER
 from benchmarks.samples import Spread, paired_ratios, percentile, spread
 from benchmarks.servers import Server, answers, cpu_seconds, free_port
 
+VLLM_PD_STOCK = "vllm-router P/D, stock"
 COLOCATED = "colocated vllm"
 NUM_PROMPT_TOKENS = 512
 NUM_OUTPUT_TOKENS = 32
@@ -46,10 +50,11 @@ class Plan:
     requests: dict[int, int]
     """By concurrency, in each round."""
     warm_up: dict[int, int]
+    subjects: tuple[str, ...]
 
 
-FULL = Plan(5, {1: 40, 8: 100}, {1: 10, 8: 32})
-QUICK = Plan(1, {1: 8, 8: 24}, {1: 3, 8: 8})
+FULL = Plan(5, {1: 40, 8: 100}, {1: 10, 8: 32}, (BATON, VLLM_PD, VLLM_PD_STOCK, COLOCATED))
+QUICK = Plan(1, {1: 8, 8: 24}, {1: 3, 8: 8}, (BATON, VLLM_PD))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ class RoundResult:
     num_stalls: int
     num_failed: int
     num_requests: int
+    cpu_ms_by_server: dict[str, float]
 
 
 # ── fleets ───────────────────────────────────────────────────────────────────────────────────────
@@ -95,11 +101,14 @@ def baton_fleet() -> Iterator[Subject]:
 
 
 @contextmanager
-def vllm_router_fleet() -> Iterator[Subject]:
+def vllm_router_fleet(name: str = VLLM_PD) -> Iterator[Subject]:
     model = str(fleets.demo_model())
     with ExitStack() as stack:
         ports = {role: free_port() for role in ("prefill", "decode")}
-        servers = [stack.enter_context(_vllm_server(role, model, port)) for role, port in ports.items()]
+        servers = [
+            stack.enter_context(_vllm_server(role, model, port, has_stock_connector=name == VLLM_PD_STOCK))
+            for role, port in ports.items()
+        ]
         for role, port in ports.items():
             _wait_for_all(servers, answers(f"{URL}:{port}/health"), f"GET /health of {role}")
         router_port, metrics_port = free_port(), free_port()
@@ -114,7 +123,7 @@ def vllm_router_fleet() -> Iterator[Subject]:
         )  # fmt: skip
         servers.append(stack.enter_context(router))
         _wait_for_all(servers, answers(f"{URL}:{router_port}/health"), "GET /health of the router")
-        yield Subject(name=VLLM_PD, port=router_port, servers=servers, model=model)
+        yield Subject(name=name, port=router_port, servers=servers, model=model)
 
 
 @contextmanager
@@ -126,13 +135,13 @@ def colocated_server() -> Iterator[Subject]:
         yield Subject(name=COLOCATED, port=port, servers=[server], model=model)
 
 
-def _vllm_server(role: str, model: str, port: int) -> Server:
+def _vllm_server(role: str, model: str, port: int, *, has_stock_connector: bool = False) -> Server:
     argv = [
         sys.executable, "-m", "benchmarks.vllm_server", "--role", role, "--model", model,
         "--port", port, "--side-channel-port", free_port(), "--max-batch-size", MAX_BATCH_SIZE,
         "--max-num-batched-tokens", MAX_NUM_BATCHED_TOKENS,
     ]  # fmt: skip
-    return Server(f"e2e-vllm-{role}", argv)
+    return Server(f"e2e-vllm-{role}", argv + (["--stock-connector"] if has_stock_connector else []))
 
 
 def _wait_for_all(servers: list[Server], is_ready: Callable[[], bool], what: str) -> None:
@@ -149,6 +158,7 @@ def _wait_for_all(servers: list[Server], is_ready: Callable[[], bool], what: str
 FLEETS: dict[str, Callable[[], AbstractContextManager[Subject]]] = {
     BATON: baton_fleet,
     VLLM_PD: vllm_router_fleet,
+    VLLM_PD_STOCK: partial(vllm_router_fleet, VLLM_PD_STOCK),
     COLOCATED: colocated_server,
 }
 
@@ -158,15 +168,19 @@ FLEETS: dict[str, Callable[[], AbstractContextManager[Subject]]] = {
 
 def measure(subject: Subject, concurrency: int, num_requests: int, seed: int) -> RoundResult:
     records = SCRATCH / "records.csv"
-    cpu_before = cpu_seconds(subject.servers)
+    cpu_before = {server.name: cpu_seconds([server]) for server in subject.servers}
     result = run_load(
         subject.port, _body(subject), concurrency=concurrency, num_requests=num_requests, seed=seed,
         records=records, may_fail=True,
     )  # fmt: skip
-    cpu_s = cpu_seconds(subject.servers) - cpu_before
+    cpu_after = {server.name: cpu_seconds([server]) for server in subject.servers}
     if not result.num_requests:
         raise LoadFailed(f"{subject.name}: none of {num_requests} requests succeeded: {result.message}")
     ttft, tpot, e2e = _latencies_ms(records)
+    cpu_ms_by_server = {
+        name.removeprefix("e2e-"): (cpu_after[name] - before) / result.num_requests * 1e3
+        for name, before in cpu_before.items()
+    }
     return RoundResult(
         ttft_p50_ms=percentile(ttft, 0.5),
         ttft_p99_ms=percentile(ttft, 0.99),
@@ -175,10 +189,11 @@ def measure(subject: Subject, concurrency: int, num_requests: int, seed: int) ->
         e2e_p50_ms=percentile(e2e, 0.5),
         e2e_p99_ms=percentile(e2e, 0.99),
         requests_per_s=result.requests_per_s,
-        cpu_ms=cpu_s / result.num_requests * 1e3,
+        cpu_ms=sum(cpu_ms_by_server.values()),
         num_stalls=result.num_stalls,
         num_failed=result.num_errors,
         num_requests=result.num_requests,
+        cpu_ms_by_server=cpu_ms_by_server,
     )
 
 
@@ -209,7 +224,7 @@ def run(plan: Plan, *, rounds: int | None, has_baton: bool, rows: Sequence[str] 
         plan = dataclasses.replace(plan, rounds=rounds)
     names = [
         name
-        for name in FLEETS
+        for name in (plan.subjects if rows is None else FLEETS)
         if (rows is None or any(name.startswith(row) for row in rows)) and (has_baton or name != BATON)
     ]
     report = Report("e2e")
@@ -272,6 +287,22 @@ def _figures(
                         spread=spread(ratios), bar=bar if is_judged else None,
                     )
                 )  # fmt: skip
+            if BATON in values and VLLM_PD_STOCK in values:
+                ratios = paired_ratios(values[BATON], values[VLLM_PD_STOCK])
+                report.figures.append(
+                    Figure(
+                        row=f"{label} ratio", subject=f"{BATON} / {VLLM_PD_STOCK}", unit="x",
+                        spread=spread(ratios), note="holds the setting's gain too",
+                    )
+                )  # fmt: skip
+        for name, rounds in here.items():
+            for server in rounds[0].cpu_ms_by_server:
+                parts = [r.cpu_ms_by_server[server] for r in rounds]
+                figure = Figure(
+                    row=f"c{concurrency} cpu_per_request of {server}", subject=name, unit="ms",
+                    spread=spread(parts), note="its share of the sum above",
+                )  # fmt: skip
+                report.figures.append(figure)
     for name in dict.fromkeys(name for name, _ in found):
         rounds = [r for (n, _), several in found.items() if n == name for r in several]
         num_requests = sum(r.num_requests + r.num_failed for r in rounds)

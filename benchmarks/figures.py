@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from benchmarks.samples import Spread
 
+QUIET_CORES = 0.1
+"""With more in use before a row starts, somebody else works on this machine."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bar:
@@ -65,6 +68,10 @@ class Report:
     busy_before: dict[str, float] = field(default_factory=dict)
     """Cores in use before each row, everything under test up and idle."""
     remarks: list[str] = field(default_factory=list)
+
+    @property
+    def noisy_rows(self) -> list[str]:
+        return [row for row, busy in self.busy_before.items() if busy > QUIET_CORES]
 
     @property
     def missed(self) -> list[Figure]:

@@ -5,7 +5,9 @@ C mock backend, speaking Baton's ZeroMQ contract.
 
 Prefill legs are answered as they arrive, with a KV source shaped like NIXL's (block ids in
 proportion to the prompt). Decode legs get one token per engine step, all legs of a step in one
-message. A step happens every --tick-us; with 0, as soon as the messages at hand have been read.
+message. A step happens every --tick-us, by the same kernel timer as the C backend's (the event
+loop's own timers are too coarse and may fire early); with 0, as soon as the messages at hand have
+been read.
 Nothing is computed and nothing is checked: its CPU is printed apart and is not the coordinator's,
 but whatever time it takes is inside Baton's measured latency.
 """
@@ -17,6 +19,7 @@ import asyncio
 import ctypes
 import os
 import signal
+import time
 import uuid
 
 import uvloop
@@ -57,10 +60,10 @@ TOKEN_TEXT = " token"
 class InstantWorker:
     """One role's connection. Prefill answers in place; decode legs wait for `step`."""
 
-    def __init__(self, role: WorkerRole, address: str, model: str, tick_s: float) -> None:
+    def __init__(self, role: WorkerRole, address: str, model: str, tick_us: int) -> None:
         self._role = role
         self._model = model
-        self._tick_s = tick_s
+        self._tick_us = tick_us
         self._channel = DealerChannel(self._on_frames)
         self._channel.connect(address)
         self._tokens_left: dict[str, int] = {}
@@ -69,6 +72,9 @@ class InstantWorker:
 
     async def run(self) -> None:
         self._channel.start()
+        if self._tick_us:
+            timer = periodic_timer(self._tick_us)
+            asyncio.get_running_loop().add_reader(timer, self._on_tick, timer)
         self._register()
         while True:
             await asyncio.sleep(0.5)
@@ -150,15 +156,14 @@ class InstantWorker:
             )
         )  # fmt: skip
 
+    def _on_tick(self, timer: int) -> None:
+        os.read(timer, 8)  # ticks that were missed are not made up for
+        if self._tokens_left:
+            self._step()
+
     def _step_soon(self) -> None:
-        if self._step_handle is None and self._tokens_left:
-            loop = asyncio.get_running_loop()
-            if self._tick_s:
-                # Ticks lie on a grid: a step that ran late does not shift those after it.
-                next_tick = (loop.time() // self._tick_s + 1) * self._tick_s
-                self._step_handle = loop.call_at(next_tick, self._step)
-            else:
-                self._step_handle = loop.call_soon(self._step)
+        if not self._tick_us and self._step_handle is None and self._tokens_left:
+            self._step_handle = asyncio.get_running_loop().call_soon(self._step)
 
     def _step(self) -> None:
         self._step_handle = None
@@ -176,9 +181,27 @@ class InstantWorker:
         self._step_soon()
 
 
+class _Timespec(ctypes.Structure):
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+
+
+class _Itimerspec(ctypes.Structure):
+    _fields_ = [("interval", _Timespec), ("value", _Timespec)]
+
+
+def periodic_timer(period_us: int) -> int:
+    """A timerfd that becomes readable every `period_us` (Python's own arrives with 3.13)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    timer = int(libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC))
+    period = _Timespec(period_us // 1_000_000, period_us % 1_000_000 * 1000)
+    if timer < 0 or libc.timerfd_settime(timer, 0, ctypes.byref(_Itimerspec(period, period)), None) < 0:
+        raise OSError(ctypes.get_errno(), "no periodic timer")
+    return timer
+
+
 async def serve(address: str, model: str, tick_us: int) -> None:
     host, port = parse_address(address, DEFAULT_FLEET_PORT)
-    workers = [InstantWorker(role, tcp(host, port), model, tick_us / 1e6) for role in WorkerRole]
+    workers = [InstantWorker(role, tcp(host, port), model, tick_us) for role in WorkerRole]
     await asyncio.gather(*(worker.run() for worker in workers))
 
 

@@ -1,12 +1,13 @@
 """A vLLM API server with exactly the engine settings a Baton worker would use.
 
     python -m benchmarks.vllm_server --role prefill|decode|colocated --model PATH --port N
-        --side-channel-port N --max-batch-size N --max-num-batched-tokens N
+        --side-channel-port N --max-batch-size N --max-num-batched-tokens N [--stock-connector]
 
 The settings come from the product's own functions, so "same settings" cannot drift apart:
 executor, threads, block size, KV memory and, for prefill and decode, the same connector with NIXL's
 progress thread off. A request that carries none of Baton's keys is treated by that connector as
-vLLM's own treats it. `colocated` has no connector.
+vLLM's own treats it. `--stock-connector` takes vLLM's own instead, progress thread spinning, which
+is what a user of vLLM gets. `colocated` has no connector.
 
 vLLM's `serve` command asks for the version of a distribution called `vllm`, which the CPU build
 does not have, so the server's entry point is called directly. Its access log is off.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 from baton.contract.lifecycle import WorkerRole
 from baton.engine.vllm_settings import (
@@ -29,11 +31,16 @@ from baton.engine.vllm_settings import (
 COLOCATED = "colocated"
 
 
-def server_argv(settings: VllmEngineSettings, port: int, *, has_connector: bool) -> list[str]:
+def stock_transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
+    ours = transfer_arguments(settings)
+    return {"kv_connector": "NixlConnector", "kv_role": ours["kv_role"]}
+
+
+def server_argv(settings: VllmEngineSettings, port: int, transfer: dict[str, Any] | None) -> list[str]:
     """The server's command line for keyword arguments of AsyncEngineArgs."""
     arguments = dict(engine_arguments(settings))
-    if has_connector:
-        arguments["kv_transfer_config"] = json.dumps(transfer_arguments(settings))
+    if transfer is not None:
+        arguments["kv_transfer_config"] = json.dumps(transfer)
     argv = ["--host", "127.0.0.1", "--port", str(port)]
     argv += ["--uvicorn-log-level", "warning", "--disable-uvicorn-access-log"]
     for name, value in arguments.items():
@@ -53,6 +60,7 @@ def main() -> None:
     parser.add_argument("--side-channel-port", type=int, required=True)
     parser.add_argument("--max-batch-size", type=int, required=True)
     parser.add_argument("--max-num-batched-tokens", type=int, required=True)
+    parser.add_argument("--stock-connector", action="store_true")
     options = parser.parse_args()
     is_colocated = options.role == COLOCATED
     settings = VllmEngineSettings(
@@ -63,7 +71,12 @@ def main() -> None:
         max_num_batched_tokens=options.max_num_batched_tokens,
     )
     set_environment(settings, options.side_channel_port)
-    sys.argv[1:] = server_argv(settings, options.port, has_connector=not is_colocated)
+    transfer = None
+    if not is_colocated:
+        transfer = (
+            stock_transfer_arguments(settings) if options.stock_connector else transfer_arguments(settings)
+        )
+    sys.argv[1:] = server_argv(settings, options.port, transfer)
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     serve()
