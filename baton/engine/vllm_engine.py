@@ -16,7 +16,7 @@ import asyncio
 import logging
 import multiprocessing
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +84,8 @@ class _Leg:
     num_prompt_tokens: int
     is_prefill: bool
     has_kv_source: bool
+    is_kv_wanted: bool
+    """Prefill: somebody continues after the first token, whatever `max_tokens` says."""
     vllm_id: str = ""
 
     def put(self, output: Any) -> None:
@@ -101,9 +103,12 @@ class _Hold:
 class VllmEngine:
     """Implements `baton.engine.base.Engine`. One per process: vLLM reads the environment."""
 
-    def __init__(self, settings: VllmEngineSettings) -> None:
+    def __init__(
+        self, settings: VllmEngineSettings, *, on_transfer: Callable[[float], None] | None = None
+    ) -> None:
+        """`on_transfer` hears how long each NIXL read took, in seconds."""
         self._settings = settings
-        self._gauge = LoadGauge(on_step_end=self._flush)
+        self._gauge = LoadGauge(on_step_end=self._flush, on_transfer=on_transfer)
         self._llm: Any = None
         self._listener: EngineListener | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -301,6 +306,7 @@ class VllmEngine:
             num_prompt_tokens=0,
             is_prefill=is_prefill,
             has_kv_source=transfer_params is not None and not is_prefill,
+            is_kv_wanted=transfer_params is not None and is_prefill,
         )
         self._legs[handoff_id] = leg
         try:
@@ -403,7 +409,7 @@ class VllmEngine:
         completion, params = output.outputs[0], output.kv_transfer_params
         is_over = (
             completion.finish_reason == "stop"
-            or leg.sampling.max_tokens == 1
+            or not leg.is_kv_wanted
             or leg.num_prompt_tokens + 1 >= self._max_model_len
         )
         kv_source = None
