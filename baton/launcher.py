@@ -14,6 +14,7 @@ Exit codes: 0 stopped as asked, 1 something failed, 2 usage or settings, 130 sec
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import yaml
 
@@ -56,6 +58,8 @@ WORKERS_STOP_S = 15.0
 """For workers without requests: vLLM needs up to five seconds to shut an engine down."""
 
 MAX_PROGRESS_CHARS = 100
+LOG_LINE = re.compile(r"(?:INFO|WARNING|ERROR| info| warning| error) (?:\d\S+ \d\S+ )?(.*)")
+"""Of our processes and of vLLM; what stands before is time and process, which the launcher shows too."""
 
 
 class StartFailed(Exception):
@@ -266,7 +270,7 @@ class Launcher:
         print(f"{time.monotonic() - self._started_s:6.1f} s  {text}", flush=True)
 
     def _print_usage(self, ports: Ports, http: FleetHttp) -> None:
-        model = http.get("/v1/models")["data"][0]["id"]
+        model = shortest_name(http.get("/v1/models"))
         host = reachable_host(self._settings.host)
         print(usage_text(model, _url(host, ports.http), f"{host}:{ports.client}"), flush=True)
 
@@ -292,10 +296,15 @@ print(answer.choices[0].message.content)'
 
 
 def progress_line(log: str) -> str:
-    """What a process said last, short enough for one line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    line = lines[-1] if lines else "starting"
+    """What a process last said at level info or above, short enough for one line."""
+    said = LOG_LINE.findall(log)
+    line = said[-1].strip() if said else "importing its packages"
     return line if len(line) <= MAX_PROGRESS_CHARS else line[: MAX_PROGRESS_CHARS - 1] + "…"
+
+
+def shortest_name(models: dict[str, Any]) -> str:
+    """A local model is served under its path and under its last component; the short one reads better."""
+    return min((card["id"] for card in models["data"]), key=len)
 
 
 def _url(host: str, port: int) -> str:

@@ -85,10 +85,10 @@ ensure_environment() { # ensure_environment DEVICE [dev]
     fi
   done
   stamp=$VENV/baton.stamp
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$ROOT $(cksum <"$ROOT/pyproject.toml")" ]; then
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$(cksum <"$ROOT/pyproject.toml")" ]; then
     say "installing baton itself, editable"
     "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation --no-index --editable "$ROOT"
-    echo "$ROOT $(cksum <"$ROOT/pyproject.toml")" >"$stamp"
+    cksum <"$ROOT/pyproject.toml" >"$stamp"
   fi
   exec 9>&-
   [ $((SECONDS - started)) -lt 5 ] || say "environment ready after $((SECONDS - started)) s"
