@@ -7,12 +7,15 @@ Exit status: 0 every bar holds, 2 wrong usage, 3 something under test did not st
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from benchmarks import door, e2e, machine, peers
 from benchmarks.figures import Report
-from benchmarks.layout import RESULTS
+from benchmarks.layout import PEERS, RESULTS
 from benchmarks.load import LoadFailed, compile_tools
 from benchmarks.servers import NotReady
 
@@ -31,6 +34,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json and .md")
     options = parser.parse_args(argv)
     rows = options.rows.split(",") if options.rows else None
+    with only_run_on_this_machine():
+        return _run(options, rows, argv)
+
+
+@contextmanager
+def only_run_on_this_machine() -> Iterator[None]:
+    """Two benchmarks at once would measure each other, and share their scratch folder."""
+    PEERS.mkdir(exist_ok=True)
+    with (PEERS / "bench.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("bench: waiting for another benchmark to end", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _run(options: argparse.Namespace, rows: list[str] | None, argv: list[str] | None) -> int:
     compile_tools()
     for peer in peers.ALL if options.name == "door" else (peers.VLLM_ROUTER,):
         peer.install()
