@@ -18,8 +18,11 @@ from baton.contract.messages import WorkerLoad
 class LoadGauge:
     """Owns the running totals and the latest `WorkerLoad`."""
 
-    def __init__(self, on_step_end: Callable[[], None]) -> None:
+    def __init__(
+        self, on_step_end: Callable[[], None], on_transfer: Callable[[float], None] | None = None
+    ) -> None:
         self._on_step_end = on_step_end
+        self._on_transfer = on_transfer
         self._num_blocks = 0
         self._reads_per_transfer = 1
         self._num_running = 0
@@ -69,6 +72,9 @@ class LoadGauge:
             if transfers := scheduler_stats.kv_connector_stats:
                 self._num_kv_bytes += int(sum(transfers["bytes_transferred"]))
                 self._num_kv_reads += len(transfers["bytes_transferred"])
+                if self._on_transfer is not None:
+                    for duration_s in transfers["transfer_duration"]:
+                        self._on_transfer(duration_s)
                 self._num_kv_failures += len(transfers["num_failed_transfers"])
                 self._num_kv_failures += len(transfers["num_failed_handshakes"])
         if iteration_stats is not None:

@@ -147,7 +147,8 @@ class LeasedPullScheduler(NixlPullConnectorScheduler):
             self._reqs_need_save.pop(request.request_id, None)
             return False, None
         must_hold, result = super().request_finished(request, block_ids)
-        if must_hold and result is not None:
+        if must_hold and result is not None and params.get(HOLD_UNLESS_STOPPED):
+            # Only for an owner that knows the key: it turns a clock reading into time left.
             result[LEASE_END_S] = time.monotonic() + self._kv_lease_duration
         return must_hold, result
 
