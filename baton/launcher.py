@@ -304,7 +304,7 @@ def progress_line(log: str) -> str:
 
 def shortest_name(models: dict[str, Any]) -> str:
     """A local model is served under its path and under its last component; the short one reads better."""
-    return min((card["id"] for card in models["data"]), key=len)
+    return min((str(card["id"]) for card in models["data"]), key=len)
 
 
 def _url(host: str, port: int) -> str:

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from baton.processes import wait_until_empty
+from tests.scripts.harness import REPOSITORY, Checkout, Serve
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
+    started: list[Serve] = []
+
+    def start(*flags: str) -> Serve:
+        started.append(Serve(tmp_path / f"run-{len(started)}", *flags))
+        return started[-1]
+
+    yield start
+    for one in started:
+        children = list(one.children().values())
+        one.process.kill()
+        one.process.wait()
+        for child in children:
+            child.kill()
+        assert wait_until_empty(children, 20.0)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Iterator[Checkout]:
+    if not (REPOSITORY / ".venv" / "baton.stamp").is_file():
+        pytest.skip("needs the environment that scripts/test.sh makes")
+    root = tmp_path / "checkout"
+    root.mkdir()
+    made = Checkout(root)
+    yield made
+    left = list(made.records().values())
+    for process in left:
+        process.kill()
+    assert wait_until_empty(left, 20.0)
