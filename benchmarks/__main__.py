@@ -80,6 +80,8 @@ def _show(report: Report, *, as_json: bool) -> None:
     if as_json:
         for figure in report.figures:
             print(json.dumps(figure.as_json(), ensure_ascii=False))
+        for remark in report.remarks:
+            print(f"note: {remark}", file=sys.stderr)
         return
     print(report.table())
     print()

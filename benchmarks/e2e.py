@@ -3,14 +3,14 @@
     baton             coordinator, prefill worker and decode worker (engines embedded)
     vllm-router P/D   the router before two vLLM API servers with the same connector module
     vllm-router P/D, stock   the same with vLLM's own connector as a user would start it, NIXL's progress
-                      thread spinning: what the setting alone is worth, printed beside
+                      thread spinning: what the setting alone is worth, printed beside, one round
     colocated vllm    one vLLM API server, no connector: what two cores do best, printed beside
 
 Engines of several fleets would share two cores, so fleets are never up together: each round starts
 one, warms it up, measures it and stops it, then the next (A B C, A B C, ...). CPU is that of all
 processes of a fleet, engines included.
 
-`--rows` names subjects here (their names may be cut short); a quick run measures the first two.
+`--rows` names subjects here (their names may be cut short); a quick run has only the first two.
 """
 
 from __future__ import annotations
@@ -51,9 +51,12 @@ class Plan:
     """By concurrency, in each round."""
     warm_up: dict[int, int]
     subjects: tuple[str, ...]
+    """In every round."""
+    subjects_once: tuple[str, ...] = ()
+    """In the last round only: printed beside, judged by no bar."""
 
 
-FULL = Plan(5, {1: 40, 8: 100}, {1: 10, 8: 32}, (BATON, VLLM_PD, VLLM_PD_STOCK, COLOCATED))
+FULL = Plan(5, {1: 40, 8: 100}, {1: 10, 8: 32}, (BATON, VLLM_PD, COLOCATED), (VLLM_PD_STOCK,))
 QUICK = Plan(1, {1: 8, 8: 24}, {1: 3, 8: 8}, (BATON, VLLM_PD))
 
 
@@ -222,15 +225,15 @@ def _body(subject: Subject) -> bytes:
 def run(plan: Plan, *, rounds: int | None, has_baton: bool, rows: Sequence[str] | None) -> Report:
     if rounds:
         plan = dataclasses.replace(plan, rounds=rounds)
-    names = [
-        name
-        for name in (plan.subjects if rows is None else FLEETS)
-        if (rows is None or any(name.startswith(row) for row in rows)) and (has_baton or name != BATON)
-    ]
+
+    def is_wanted(name: str) -> bool:
+        return (rows is None or any(name.startswith(row) for row in rows)) and (has_baton or name != BATON)
+
     report = Report("e2e")
     found: dict[tuple[str, int], list[RoundResult]] = {}
     for number in range(plan.rounds):
-        for name in names:
+        is_last = number == plan.rounds - 1
+        for name in filter(is_wanted, plan.subjects + (plan.subjects_once if is_last else ())):
             report.busy_before[f"round {number + 1}, {name} (nothing up)"] = quiet_check()
             started_s = time.monotonic()
             with FLEETS[name]() as subject:
@@ -287,14 +290,6 @@ def _figures(
                         spread=spread(ratios), bar=bar if is_judged else None,
                     )
                 )  # fmt: skip
-            if BATON in values and VLLM_PD_STOCK in values:
-                ratios = paired_ratios(values[BATON], values[VLLM_PD_STOCK])
-                report.figures.append(
-                    Figure(
-                        row=f"{label} ratio", subject=f"{BATON} / {VLLM_PD_STOCK}", unit="x",
-                        spread=spread(ratios), note="holds the setting's gain too",
-                    )
-                )  # fmt: skip
         for name, rounds in here.items():
             for server in rounds[0].cpu_ms_by_server:
                 parts = [r.cpu_ms_by_server[server] for r in rounds]
@@ -311,7 +306,7 @@ def _figures(
             ("stalls_over_1s", sum(r.num_stalls for r in rounds)),
             ("failed_requests", sum(r.num_failed for r in rounds)),
         ):
-            count = Spread(float(total), float(total), float(total), len(rounds))
+            count = Spread(float(total), float(total), float(total), len(rounds) // len(concurrencies))
             note = f"of {num_requests} requests, all concurrencies and rounds together"
             report.figures.append(
                 Figure(row=row, subject=name, unit="requests", spread=count, bar=bar, note=note)
