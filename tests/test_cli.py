@@ -14,9 +14,14 @@ def test_a_command_gets_the_rest_of_the_line(monkeypatch: pytest.MonkeyPatch):
 
     def fake_import(module: str) -> SimpleNamespace:
         assert module == "coordinator.__main__"
-        return SimpleNamespace(main=lambda argv: seen.append(argv) or 7)
 
-    monkeypatch.setattr(cli.importlib, "import_module", fake_import)
+        def main(argv: list[str]) -> int:
+            seen.append(argv)
+            return 7
+
+        return SimpleNamespace(main=main)
+
+    monkeypatch.setattr("importlib.import_module", fake_import)
     assert cli.main(["coordinator", "--http-port", "1"]) == 7
     assert seen == [["--http-port", "1"]]
 
@@ -47,7 +52,7 @@ def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys
     def no_yaml(module: str) -> SimpleNamespace:
         raise ModuleNotFoundError("No module named 'yaml'", name="yaml")
 
-    monkeypatch.setattr(cli.importlib, "import_module", no_yaml)
+    monkeypatch.setattr("importlib.import_module", no_yaml)
     assert cli.main(["doctor"]) == 1
     assert "'yaml' is not installed" in capsys.readouterr().err
 
@@ -56,7 +61,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch):
     def interrupted(argv: list[str]) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.importlib, "import_module", lambda module: SimpleNamespace(main=interrupted))
+    monkeypatch.setattr("importlib.import_module", lambda module: SimpleNamespace(main=interrupted))
     assert cli.main(["submit"]) == 130
 
 

@@ -71,7 +71,7 @@ def test_a_request_in_flight_finishes_after_ctrl_c(serve: StartServe, tmp_path: 
     thread.start()
     log = running.run_dir / "logs" / "decode-1.log"
     num_before = log.read_text().count("decode leg started")
-    wait_until(lambda: log.read_text().count("decode leg started") > num_before or answers, "decode began")
+    wait_until(lambda: log.read_text().count("decode leg started") > num_before, "decode began")
     running.signal(signal.SIGINT)
     assert running.exit_code() == 0
     thread.join(10)
