@@ -39,12 +39,10 @@ def check_acceptable(request: Request, fleet: FleetView, *, is_draining: bool, i
             f"accepts 1 to {limit - num_prompt}",
             param="max_tokens",
         )
-    for role in WorkerRole:
-        accounts = fleet.accounts(role)
-        if all(a.num_blocks_for(num_prompt + 1) > a.capacity.num_blocks for a in accounts):
-            largest = max(accounts, key=lambda a: a.capacity.num_blocks * a.block_size_tokens)
+    for role, num_tokens in fleet.largest_cache_tokens.items():
+        if num_prompt + 1 > num_tokens:
             raise PromptTooLong(
                 f"prompt has {num_prompt} tokens, the largest {role.value} worker holds "
-                f"{largest.capacity.num_blocks * largest.block_size_tokens} in its KV cache",
+                f"{num_tokens} in its KV cache",
                 param="prompt",
             )

@@ -91,6 +91,8 @@ class Core:
         self._requests: dict[str, Request] = {}
         self._legs: dict[str, Request] = {}
         self._drain_rate = DrainRate()
+        self._facts_key = (-1, False)
+        self._facts: FleetFacts
 
     # ── facts ────────────────────────────────────────────────────────────────────────────────
 
@@ -104,12 +106,16 @@ class Core:
         return len(self._queue)
 
     def facts(self) -> FleetFacts:
-        layout = self.fleet.layout
-        return FleetFacts(
-            is_ready=self.fleet.has_pair and not self.is_draining,
-            model=layout.model if layout else None,
-            max_model_len=self.fleet.max_model_len,
-        )
+        key = (self.fleet.num_changes, self.is_draining)
+        if key != self._facts_key:
+            layout = self.fleet.layout
+            self._facts_key = key
+            self._facts = FleetFacts(
+                is_ready=self.fleet.has_pair and not self.is_draining,
+                model=layout.model if layout else None,
+                max_model_len=self.fleet.max_model_len,
+            )
+        return self._facts
 
     # ── clients ──────────────────────────────────────────────────────────────────────────────
 

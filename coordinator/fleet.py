@@ -48,6 +48,14 @@ class FleetView:
         self._accounts: dict[WorkerRole, list[WorkerAccount]] = {role: [] for role in WorkerRole}
         self.layout: KvLayout | None = None
         """What all registered workers agree on; None while there is none."""
+        # Asked for every request, changed by every few thousand: kept instead of computed.
+        self.has_pair = False
+        """At least one worker of each role takes new legs."""
+        self.max_model_len: int | None = None
+        """Longest prompt + output that every worker accepts, in tokens; None without workers."""
+        self.largest_cache_tokens = dict.fromkeys(WorkerRole, 0)
+        """Tokens in the KV cache of the largest worker of a role."""
+        self.num_changes = 0
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._by_id.values())
@@ -61,15 +69,6 @@ class FleetView:
     def accounts(self, role: WorkerRole) -> list[WorkerAccount]:
         """Accounts of the workers of a role that take new legs."""
         return self._accounts[role]
-
-    @property
-    def has_pair(self) -> bool:
-        return all(self._accounts.values())
-
-    @property
-    def max_model_len(self) -> int | None:
-        """Longest prompt + output that every worker accepts, in tokens."""
-        return min((w.registration.capacity.max_model_len for w in self), default=None)
 
     def check(self, registration: RegisterWorker, peer: bytes) -> None:
         """Raises ProtocolMismatch, RegistrationRefused or WorkerIdTaken with the reason."""
@@ -124,6 +123,7 @@ class FleetView:
         self._by_peer[peer] = worker
         self._accounts[worker.role].append(worker.account)
         self.layout = registration.layout
+        self._changed()
         return worker
 
     def mark_leaving(self, worker: Worker) -> None:
@@ -131,6 +131,7 @@ class FleetView:
         if not worker.is_leaving:
             worker.is_leaving = True
             self._accounts[worker.role].remove(worker.account)
+            self._changed()
 
     def remove(self, worker_id: str) -> Worker | None:
         worker = self._by_id.pop(worker_id, None)
@@ -141,4 +142,13 @@ class FleetView:
             self._accounts[worker.role].remove(worker.account)
         if not self._by_id:
             self.layout = None
+        self._changed()
         return worker
+
+    def _changed(self) -> None:
+        self.num_changes += 1
+        self.has_pair = all(self._accounts.values())
+        self.max_model_len = min((w.registration.capacity.max_model_len for w in self), default=None)
+        for role, accounts in self._accounts.items():
+            sizes = (a.capacity.num_blocks * a.block_size_tokens for a in accounts)
+            self.largest_cache_tokens[role] = max(sizes, default=0)

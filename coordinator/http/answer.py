@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import lru_cache
 
 from baton.contract.errors import DuplicateRequest, ServingError, error_from_report
 from baton.contract.lifecycle import Outcome
@@ -180,7 +181,8 @@ def echoed_logprobs(sequence: Sequence) -> list[TokenLogprobs | None]:
     return [*known, *[None] * (num_token_ids(sequence.prompt.token_ids) - len(known))]
 
 
-def placement_headers(placements: Seq[Placement]) -> bytes:
+@lru_cache(maxsize=4096)  # a fleet has few pairs, and each request asks
+def placement_headers(placements: tuple[Placement, ...]) -> bytes:
     """Who served the request; several values when its sequences were served apart."""
     lines = []
     for name, values in (

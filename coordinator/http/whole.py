@@ -60,7 +60,7 @@ class WholeAnswer(Answer):
 
     def completed(self) -> None:
         reports = [sequence.report for sequence in self._collected if sequence.report is not None]
-        headers = placement_headers([report.placement for report in reports]) + phase_headers(reports)
+        headers = placement_headers(tuple(report.placement for report in reports)) + phase_headers(reports)
         self.exchange.respond(200, to_json(self._document()), headers=headers)
 
     def failed(self, error: ServingError, placement: Placement) -> None:
