@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, formatting, types and import layers; no process is started.
+# Lint (Python and shell), formatting, types and import layers; no process is started.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$ROOT"
@@ -15,6 +15,7 @@ stage() { # stage NAME COMMAND...
 }
 
 stage lint "$VENV/bin/ruff" check .
+stage shell "$VENV/bin/shellcheck" scripts/*.sh .ci/run
 stage format "$VENV/bin/ruff" format --check .
 stage types "$VENV/bin/mypy"
 stage layers "$VENV/bin/pytest" -q tests/test_layers.py

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: ROOT, PYTHON, and `ensure_environment DEVICE [dev]`, which makes .venv
 # from the lock file. A stamp with the checksums makes a second call cost nothing and need no network.
 

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the fleet scripts. Processes are started in sessions of their own and recorded in
 # .run/FLEET/NAME.pid (baton/processes.py tells why and how); logs are in .run/FLEET/logs.
 
@@ -22,10 +23,12 @@ await_members() {
   local fleet=$1 line=$2 name records=()
   shift 2
   for name in "$@"; do records+=("$(record_of "$fleet" "$name")"); done
+  trap 'processes stop --timeout-s 15 "${records[@]}"; exit 130' INT TERM
   if ! processes wait --line "$line" --timeout-s "$READY_TIMEOUT_S" "${records[@]}"; then
     processes stop --timeout-s 15 "${records[@]}"
     die "$fleet fleet did not start; what had been started was stopped"
   fi
+  trap - INT TERM
 }
 
 # The address under which another host reaches this one: the one this host would use to talk to the
