@@ -375,7 +375,7 @@ def test_a_full_queue_says_when_to_come_back(make_bench):
     bench.submit("b")
     with pytest.raises(QueueFull, match="1 requests are queued, the limit is 1") as refusal:
         bench.submit("c")
-    assert 1 <= refusal.value.retry_after_s <= 30
+    assert 1 <= (refusal.value.retry_after_s or 0) <= 30
 
 
 def test_draining_refuses_and_leaving_workers_get_nothing_new(bench):

@@ -54,4 +54,5 @@ def test_the_last_worker_to_leave_takes_the_layout_along(bench):
     bench.core.fleet.remove("d0")
     assert bench.core.fleet.layout is None
     bench.add("p9", P, dtype="bfloat16")
-    assert bench.core.fleet.layout.dtype == "bfloat16"
+    layout = bench.core.fleet.layout
+    assert layout is not None and layout.dtype == "bfloat16"

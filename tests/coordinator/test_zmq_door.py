@@ -33,7 +33,7 @@ from baton.contract.messages import (
 )
 from baton.contract.tokens import pack_token_ids, unpack_token_ids
 from baton.wire.channels import DealerChannel
-from coordinator.intake import FleetFacts
+from coordinator.intake import FleetFacts, ResultSink
 from coordinator.zmq_door import ZmqDoor
 
 
@@ -41,7 +41,7 @@ class EchoIntake:
     """Answers each prompt with its own tokens, one delta each; special prompts misbehave."""
 
     def __init__(self) -> None:
-        self.running: dict[str, object] = {}
+        self.running: dict[str, ResultSink] = {}
         self.aborted: list[str] = []
         self.submitted = asyncio.Event()
 
@@ -77,6 +77,9 @@ class EchoIntake:
 
     def facts(self) -> FleetFacts:
         return FleetFacts(is_ready=True, model="demo", max_model_len=64)
+
+    def snapshot(self) -> dict[str, object]:
+        return {}
 
 
 class WordEncoder:

@@ -60,7 +60,11 @@ def test_a_reply_that_arrives_while_sending_is_not_forgotten():
 
     async def scenario() -> None:
         done = asyncio.Event()
-        router = RouterChannel(lambda peer, frames: router.send(peer, frames[0]) and None)
+
+        def ping(peer: bytes, frames: list[bytes]) -> None:
+            router.send(peer, frames[0])
+
+        router = RouterChannel(ping)
 
         def pong(frames: list[bytes]) -> None:
             n = int(frames[0])
