@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,10 +28,15 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
         assert wait_until_empty(children, 20.0)
 
 
+@pytest.fixture(scope="session")
+def environment() -> None:
+    """Up to date before any linked checkout looks at it: those must find nothing to install."""
+    command = f'source "{REPOSITORY}/scripts/env.sh"; ensure_environment cpu dev'
+    subprocess.run(["bash", "-euo", "pipefail", "-c", command], check=True, timeout=600, capture_output=True)
+
+
 @pytest.fixture
-def checkout(tmp_path: Path) -> Iterator[Checkout]:
-    if not (REPOSITORY / ".venv" / "baton.stamp").is_file():
-        pytest.skip("needs the environment that scripts/test.sh makes")
+def checkout(tmp_path: Path, environment: None) -> Iterator[Checkout]:
     root = tmp_path / "checkout"
     root.mkdir()
     made = Checkout(root)
