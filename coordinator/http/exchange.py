@@ -74,7 +74,7 @@ class Exchange:
     def respond(self, status: int, body: bytes, content_type: bytes = JSON, headers: bytes = b"") -> None:
         if self._state != self._OPEN:
             return
-        self._state = self._DONE
+        self._end()
         head = b"%bcontent-type: %b\r\ncontent-length: %d\r\n%b\r\n" % (
             self._head_lines(status), content_type, len(body), headers,
         )  # fmt: skip
@@ -85,7 +85,7 @@ class Exchange:
         """The error's own status and an OpenAI-shaped body."""
         if self._state != self._OPEN:
             return
-        self._state = self._DONE
+        self._end()
         body = error_body(error)
         head = b"%bcontent-type: %b\r\ncontent-length: %d\r\n%b%b%b\r\n" % (
             self._head_lines(error.http_status), JSON, len(body), error_headers(error), headers,
@@ -122,7 +122,7 @@ class Exchange:
         """`last` holds the final events."""
         if self._state != self._STREAMING:
             return
-        self._state = self._DONE
+        self._end()
         if self._is_chunked:
             last = b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last)
         self._owner.write_bounded(self._head + last)
@@ -132,9 +132,15 @@ class Exchange:
         """From the connection: whatever is still to come has no reader."""
         if self._state == self._DONE:
             return
+        on_client_gone = self.on_client_gone
+        self._end()
+        if on_client_gone is not None:
+            on_client_gone()
+
+    def _end(self) -> None:
         self._state = self._DONE
-        if self.on_client_gone is not None:
-            self.on_client_gone()
+        # It refers to the answer, which refers to this.
+        self.on_client_gone = None
 
     def _head_lines(self, status: int) -> bytes:
         request = self.request

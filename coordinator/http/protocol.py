@@ -123,7 +123,10 @@ class HttpConnection(asyncio.Protocol):
             if self._refusal is None:
                 self._refusal = MalformedHttp(f"this is not HTTP/1.1: {error}")
         if was_in_head and self._in_message and not self._is_head_done:
-            self._count_head(len(data))
+            # Headers still without end after a whole further read: what the parser keeps of an
+            # unfinished line it has not told us.
+            self._head_bytes += len(data)
+            self._check_head()
         if self._waiting:
             self._dispatch()
         if self._refusal is not None and self._exchange is None:
@@ -157,10 +160,11 @@ class HttpConnection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.lower()] = value
-        self._count_head(len(name) + len(value) + 4)
+        self._head_bytes += len(name) + len(value) + 4
 
     def on_headers_complete(self) -> None:
         self._is_head_done = True
+        self._check_head()
         settings = self._host.settings
         length = self._headers.get(b"content-length")
         if length is None and b"transfer-encoding" not in self._headers:
@@ -308,8 +312,7 @@ class HttpConnection(asyncio.Protocol):
         self._backlog.clear()
         self._transport.abort()
 
-    def _count_head(self, num_bytes: int) -> None:
-        self._head_bytes += num_bytes
+    def _check_head(self) -> None:
         limit = self._host.settings.max_head_bytes
         if self._head_bytes > limit and self._refusal is None:
             self._refusal = HeadTooLarge(f"the headers have {self._head_bytes} bytes or more, limit {limit}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -15,8 +15,14 @@ from baton.contract.sampling import SamplingSpec, StructuredOutput
 from coordinator.http.limits import HttpSettings
 from coordinator.http.openai_schema import GenerationBody, ResponseFormat, StructuredOutputs
 
-_SEED_BOUND = 2**63
 _INT32_MAX = 2**31 - 1
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("temperature", 0, 2), ("top_p", 0, 1), ("top_k", -1, _INT32_MAX), ("min_p", 0, 1),
+    ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
+    ("repetition_penalty", 0, math.inf), ("min_tokens", 0, _INT32_MAX), ("seed", -(2**63), 2**63 - 1),
+)  # fmt: skip
+"""Only what a client gave is looked at: most requests give two or three of these."""
 
 _UNSUPPORTED = (
     "use_beam_search", "truncate_prompt_tokens", "logprob_token_ids", "cache_salt",
@@ -24,8 +30,7 @@ _UNSUPPORTED = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLimits:
+class TokenLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What the fleet accepts."""
 
     max_model_len: int
@@ -79,34 +84,43 @@ def sampling_spec(
     structured_output: StructuredOutput | None, limits: TokenLimits, settings: HttpSettings,
 ) -> SamplingSpec:  # fmt: skip
     """Raises InvalidRequest naming the field."""
-    spec = SamplingSpec(
+    given: dict[str, Any] = {}
+    for name, low, high in _RANGES:
+        value = getattr(body, name)
+        if value is not None:
+            # NaN would fail both comparisons; JSON has no infinity.
+            if not low <= value <= high:
+                raise InvalidRequest(f"{name} is {value}, it must lie in [{low}, {high}]", param=name)
+            given[name] = value
+    for name in ("top_p", "repetition_penalty"):
+        if given.get(name) == 0.0:
+            raise InvalidRequest(f"{name} is 0, it must be greater", param=name)
+    if body.min_tokens is not None and body.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {body.min_tokens}, it must lie in [0, max_tokens={max_tokens}]",
+            param="min_tokens",
+        )
+    if body.stop is not None:
+        given["stop"] = _stops(body.stop, settings)
+    if body.stop_token_ids:
+        given["stop_token_ids"] = _token_ids("stop_token_ids", body.stop_token_ids, limits)
+    if body.logit_bias:
+        given["logit_bias"] = _logit_bias(body.logit_bias, limits)
+    if body.bad_words:
+        given["bad_words"] = _bad_words(body.bad_words)
+    if body.allowed_token_ids is not None:
+        given["allowed_token_ids"] = _allowed(body.allowed_token_ids, limits)
+    return SamplingSpec(
         max_tokens=max_tokens,
-        min_tokens=_within("min_tokens", body.min_tokens, 0, max_tokens, 0),
-        temperature=_within_f("temperature", body.temperature, 0.0, 2.0, 1.0),
-        top_p=_within_f("top_p", body.top_p, 0.0, 1.0, 1.0),
-        top_k=_within("top_k", body.top_k, -1, _INT32_MAX, 0),
-        min_p=_within_f("min_p", body.min_p, 0.0, 1.0, 0.0),
-        presence_penalty=_within_f("presence_penalty", body.presence_penalty, -2.0, 2.0, 0.0),
-        frequency_penalty=_within_f("frequency_penalty", body.frequency_penalty, -2.0, 2.0, 0.0),
-        repetition_penalty=_within_f("repetition_penalty", body.repetition_penalty, 0.0, math.inf, 1.0),
-        seed=_seed(body.seed),
-        stop=_stops(body.stop, settings),
-        stop_token_ids=_token_ids("stop_token_ids", body.stop_token_ids, limits),
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
         logprobs=_num_logprobs("logprobs", logprobs, settings),
         prompt_logprobs=_num_logprobs("prompt_logprobs", prompt_logprobs, settings),
-        logit_bias=_logit_bias(body.logit_bias, limits),
-        bad_words=_bad_words(body.bad_words, settings),
-        allowed_token_ids=_allowed(body.allowed_token_ids, limits),
         skip_special_tokens=body.skip_special_tokens is not False,
         spaces_between_special_tokens=body.spaces_between_special_tokens is not False,
         structured_output=structured_output,
+        **given,
     )
-    if spec.top_p == 0.0 or spec.repetition_penalty == 0.0:
-        name = "top_p" if spec.top_p == 0.0 else "repetition_penalty"
-        raise InvalidRequest(f"{name} is 0, it must be greater", param=name)
-    return spec
 
 
 def structured_output(
@@ -186,35 +200,9 @@ def _check_constraint(name: str, value: object) -> None:
             raise InvalidRequest(f"structured_outputs.{name} is no JSON object", param="structured_outputs")
 
 
-def _within(name: str, value: int | None, low: int, high: int, default: int) -> int:
-    if value is None:
-        return default
-    if not low <= value <= high:
-        bound = "max_tokens=" if name == "min_tokens" else ""
-        raise InvalidRequest(f"{name} is {value}, it must lie in [{low}, {bound}{high}]", param=name)
-    return value
-
-
-def _within_f(name: str, value: float | None, low: float, high: float, default: float) -> float:
-    if value is None:
-        return default
-    # NaN fails both comparisons; JSON has no infinity.
-    if not low <= value <= high:
-        raise InvalidRequest(f"{name} is {value:g}, it must lie in [{low:g}, {high:g}]", param=name)
-    return value
-
-
-def _seed(seed: int | None) -> int | None:
-    if seed is not None and not -_SEED_BOUND <= seed < _SEED_BOUND:
-        raise InvalidRequest(f"seed is {seed}, it must fit 64 bits with sign", param="seed")
-    return seed
-
-
-def _stops(stop: str | list[str] | None, settings: HttpSettings) -> list[str]:
-    if not stop:
-        if stop == "":
-            raise InvalidRequest("stop is an empty string", param="stop")
-        return []
+def _stops(stop: str | list[str], settings: HttpSettings) -> list[str]:
+    if stop == "":
+        raise InvalidRequest("stop is an empty string", param="stop")
     stops = [stop] if isinstance(stop, str) else stop
     if len(stops) > settings.max_stops:
         raise InvalidRequest(
@@ -225,9 +213,7 @@ def _stops(stop: str | list[str] | None, settings: HttpSettings) -> list[str]:
     return stops
 
 
-def _token_ids(name: str, ids: list[int] | None, limits: TokenLimits) -> list[int]:
-    if not ids:
-        return []
+def _token_ids(name: str, ids: list[int], limits: TokenLimits) -> list[int]:
     top = _INT32_MAX if limits.max_token_id is None else limits.max_token_id
     for token_id in ids:
         if not 0 <= token_id <= top:
@@ -235,9 +221,7 @@ def _token_ids(name: str, ids: list[int] | None, limits: TokenLimits) -> list[in
     return ids
 
 
-def _allowed(ids: list[int] | None, limits: TokenLimits) -> list[int] | None:
-    if ids is None:
-        return None
+def _allowed(ids: list[int], limits: TokenLimits) -> list[int]:
     if not ids:
         raise InvalidRequest("allowed_token_ids is empty", param="allowed_token_ids")
     return _token_ids("allowed_token_ids", ids, limits)
@@ -249,9 +233,7 @@ def _num_logprobs(name: str, value: int | None, settings: HttpSettings) -> int |
     return value
 
 
-def _logit_bias(bias: dict[str, float] | None, limits: TokenLimits) -> dict[int, float] | None:
-    if not bias:
-        return None
+def _logit_bias(bias: dict[str, float], limits: TokenLimits) -> dict[int, float]:
     cleaned: dict[int, float] = {}
     for key, value in bias.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
@@ -262,9 +244,7 @@ def _logit_bias(bias: dict[str, float] | None, limits: TokenLimits) -> dict[int,
     return cleaned
 
 
-def _bad_words(words: list[str] | None, settings: HttpSettings) -> list[str]:
-    if not words:
-        return []
+def _bad_words(words: list[str]) -> list[str]:
     if not all(words):
         raise InvalidRequest("bad_words holds an empty string", param="bad_words")
     return words

@@ -62,6 +62,7 @@ class WholeAnswer(Answer):
         reports = [sequence.report for sequence in self._collected if sequence.report is not None]
         headers = placement_headers(tuple(report.placement for report in reports)) + phase_headers(reports)
         self.exchange.respond(200, to_json(self._document()), headers=headers)
+        self._collected = ()
 
     def failed(self, error: ServingError, placement: Placement) -> None:
         self.exchange.fail(error, placement_headers((placement,)))

@@ -41,7 +41,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
         ({"presence_penalty": 3}, "presence_penalty", ["3", "[-2, 2]"]),
         ({"frequency_penalty": -3}, "frequency_penalty", ["-3"]),
         ({"repetition_penalty": 0}, "repetition_penalty", ["0"]),
-        ({"seed": 2**64}, "seed", ["64 bits"]),
+        ({"seed": 2**64}, "seed", [str(2**64), str(2**63 - 1)]),
         ({"n": 0}, "n", ["0"]),
         ({"n": 300}, "n", ["300", "256"]),
         ({"stop": [str(i) for i in range(17)]}, "stop", ["17", "16"]),
