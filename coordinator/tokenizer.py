@@ -33,8 +33,8 @@ T = TypeVar("T")
 MAX_WAITING_JOBS = 1024
 """Encoding jobs queued for the threads; above it a request hears queue_full."""
 
-INLINE_CHARS = 200
-"""Longest text encoded on the event loop: measured at 60 us with a 32k BPE, a thread switch costs 50."""
+INLINE_CHARS = 400
+"""Longest text encoded on the event loop: 75 us for English; handing it to a thread costs 50 by itself."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja")
 
@@ -76,7 +76,9 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> bytes:
         """Packed token ids."""
-        return pack_token_ids(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # The batch call is the one that can leave out character offsets: 0.7x the time.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return pack_token_ids(encoding.ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
