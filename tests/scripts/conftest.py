@@ -14,8 +14,8 @@ from tests.scripts.harness import REPOSITORY, Checkout, Serve
 def serve(tmp_path: Path) -> Iterator[Callable[..., Serve]]:
     started: list[Serve] = []
 
-    def start(*flags: str) -> Serve:
-        started.append(Serve(tmp_path / f"run-{len(started)}", *flags))
+    def start(*flags: str, engine: str = "simulated") -> Serve:
+        started.append(Serve(tmp_path / f"run-{len(started)}", *flags, engine=engine))
         return started[-1]
 
     yield start

@@ -48,15 +48,15 @@ def complete(http_port: int, **fields: Any) -> dict[str, Any]:
 
 
 class Serve:
-    """A running `baton serve` with simulated engines."""
+    """A running `baton serve`, with simulated engines unless told otherwise."""
 
-    def __init__(self, run_dir: Path, *flags: str) -> None:
+    def __init__(self, run_dir: Path, *flags: str, engine: str = "simulated") -> None:
         self.run_dir = run_dir
         self.ports = free_ports()
         self.output_path = run_dir.with_suffix(".out")
         with self.output_path.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "baton.cli", "serve", "--engine", "simulated",
+                [sys.executable, "-m", "baton.cli", "serve", "--engine", engine,
                  "--run-dir", str(run_dir), *port_flags(self.ports), *flags],
                 stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
@@ -65,8 +65,10 @@ class Serve:
     def output(self) -> str:
         return self.output_path.read_text(encoding="utf-8", errors="replace")
 
-    def wait_until_ready(self) -> Serve:
-        wait_until(lambda: "\nready: " in self.output or self.process.poll() is not None, "serve is ready")
+    def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> Serve:
+        wait_until(
+            lambda: "\nready: " in self.output or self.process.poll() is not None, "serve is ready", timeout_s
+        )
         assert self.process.poll() is None, self.output
         return self
 
