@@ -19,6 +19,7 @@ import sys
 import uvloop
 
 from baton.clock import SystemClock
+from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import RegisterWorker
 from baton.policy.fewest_queued_tokens import FewestQueuedTokens
 from baton.policy.smallest_batch import SmallestBatch
@@ -69,9 +70,14 @@ async def _live(settings: CoordinatorSettings) -> int:
     names = ServedNames(settings.served_model_name, coordinator)
     metrics = Metrics()
     coordinator.on_finished.append(metrics.on_finished)
+    _add_gauges(metrics, core)
     http = HttpDoor(
         coordinator,
-        HttpSettings(served_model_names=settings.served_model_name, api_key=settings.api_key),
+        HttpSettings(
+            served_model_names=settings.served_model_name,
+            api_key=settings.api_key,
+            tool_call_parser=settings.tool_call_parser,
+        ),
         tokenizer,
         metrics,
     )
@@ -102,6 +108,15 @@ async def _live(settings: CoordinatorSettings) -> int:
     tokenizer.close()
     event(logger, "coordinator stopped")
     return EXIT_OK
+
+
+def _add_gauges(metrics: Metrics, core: Core) -> None:
+    def workers() -> dict[str, float]:
+        return {role.value: float(len(core.fleet.accounts(role))) for role in WorkerRole}
+
+    metrics.add_gauge("baton_requests_in_flight", "Accepted, not finished.", lambda: core.num_requests)
+    metrics.add_gauge("baton_requests_queued", "Waiting for a worker.", lambda: core.num_queued)
+    metrics.add_gauge("baton_workers", "Registered and taking requests.", workers, label="role")
 
 
 def _core_settings(settings: CoordinatorSettings) -> CoreSettings:

@@ -29,6 +29,10 @@ class CoordinatorSettings:
     served_model_name: tuple[str, ...] = option(
         (), "name clients may use for the model; repeat for several; absent: its path and last component"
     )
+    tool_call_parser: Literal["hermes"] | None = option(
+        None,
+        "turns tool calls in the text into `tool_calls` when tool_choice is auto; absent: text",
+    )
     api_key: str | None = option(None, "clients must send it as a bearer token")
     max_queued: int = option(4096, "requests waiting for a worker; beyond it clients hear 429")
     max_attempts: int = option(3, "how often one request is tried on the fleet")
