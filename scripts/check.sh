@@ -6,12 +6,14 @@ cd "$ROOT"
 
 ensure_environment cpu dev
 
-stage() { # stage NAME COMMAND...
+failed=()
+
+stage() { # stage NAME COMMAND...: a failure does not hide what the later stages would say
   local name=$1 started=$SECONDS
   shift
   echo "== $name: $*"
-  "$@"
-  echo "== $name passed after $((SECONDS - started)) s"
+  "$@" || failed+=("$name")
+  echo "== $name took $((SECONDS - started)) s"
 }
 
 stage lint "$VENV/bin/ruff" check .
@@ -19,3 +21,5 @@ stage shell "$VENV/bin/shellcheck" scripts/*.sh .ci/run
 stage format "$VENV/bin/ruff" format --check .
 stage types "$VENV/bin/mypy"
 stage layers "$VENV/bin/pytest" -q tests/test_layers.py
+
+[ ${#failed[@]} -eq 0 ] || die "failed: ${failed[*]}"
