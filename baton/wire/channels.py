@@ -69,7 +69,10 @@ class _Channel:
             self._wakeup = self._loop.call_soon(self._drain)
 
     def _after_send(self) -> None:
-        if self._wakeup is None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        """Also after one that failed: ZeroMQ looked at its mailbox, and the descriptor is quiet now."""
+        if self._socket.closed or self._wakeup is not None:
+            return
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._drain_soon()
 
     def _drain(self) -> None:
@@ -116,7 +119,8 @@ class RouterChannel(_Channel):
             self._socket.send_multipart((peer, frame), zmq.NOBLOCK)
         except (zmq.Again, zmq.ZMQError):
             return False
-        self._after_send()
+        finally:
+            self._after_send()
         return True
 
     def _deliver(self, frames: list[bytes]) -> None:
@@ -146,7 +150,8 @@ class DealerChannel(_Channel):
             self._socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             return False
-        self._after_send()
+        finally:
+            self._after_send()
         return True
 
     def _deliver(self, frames: list[bytes]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import select
 
 import pytest
 
@@ -92,6 +93,27 @@ def test_sending_to_a_peer_that_is_not_there_says_so():
         router.bind("tcp://127.0.0.1:*")
         router.start()
         assert not router.send(b"nobody", b"x")
+        router.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_message_that_came_before_a_send_that_fails_is_not_forgotten():
+    """A failed send uses the descriptor's one signal up just as a good one does."""
+
+    async def scenario() -> None:
+        there = Inbox()
+        router, dealer = RouterChannel(there.from_peer), DealerChannel(lambda frames: None)
+        dealer.connect(router.bind("tcp://127.0.0.1:*"))
+        router.start()
+        dealer.start()
+        dealer.send(b"first")
+        await there.wait_for(1)
+        dealer.send(b"second")
+        select.select([router._fd], [], [], 5)  # it has arrived, the loop has not looked yet
+        assert not router.send(b"nobody", b"x")
+        await there.wait_for(2)
+        dealer.close()
         router.close()
 
     asyncio.run(scenario())
