@@ -132,8 +132,7 @@ def engine_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
     arguments |= {name: value for name, value in optional.items() if value is not None}
     if settings.device == "cpu":
         arguments["scheduler_cls"] = "baton.engine.vllm_scheduler.QuietScheduler"
-    if settings.device == "cpu" and settings.pipeline_parallel_size > 1:
-        arguments["worker_cls"] = "baton.engine.vllm_cpu_worker.PipelineCPUWorker"
+        arguments["worker_cls"] = "baton.engine.vllm_cpu_worker.BatonCPUWorker"
     return arguments
 
 
