@@ -208,7 +208,7 @@ class VllmEngine:
             * cache.block_size
         )
         self._max_model_len = model.max_model_len
-        self._gauge.set_capacity(num_blocks=num_blocks, reads_per_transfer=settings.tensor_parallel_size)
+        self._gauge.set_capacity(num_blocks=num_blocks, reads_per_transfer=settings.num_ranks)
         return EngineDescription(
             layout=KvLayout(
                 model=settings.model,
@@ -252,6 +252,7 @@ class VllmEngine:
             await asyncio.to_thread(llm.shutdown, SHUTDOWN_GRACE_S)
             if handler is not None:
                 await asyncio.wait([handler], timeout=1.0)
+            _close_sockets(llm.engine_core.resources)
         for task in self._tasks:
             task.cancel()
         logger.info("engine stopped")
@@ -509,6 +510,14 @@ class VllmEngine:
             await command
         except EngineDeadError:
             logger.warning("command dropped, engine is dead")
+
+
+def _close_sockets(resources: Any) -> None:
+    """vLLM leaves its ZeroMQ context to the garbage collector, which warns of it at any later time."""
+    for socket in (resources.input_socket, resources.output_socket):
+        if socket is not None and not socket.closed:
+            socket.close(linger=0)
+    resources.ctx.term()
 
 
 def _report(error: Exception | None) -> ErrorReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,12 @@ from baton.process_guard import ProcessIdentity
 from baton.transfer.lease import DEFAULT_LEASE_S, DEFAULT_MARGIN_S, DEFAULT_PULL_TIMEOUT_S
 
 GIB = 1 << 30
+
+FREE_PORT_ATTEMPTS = 50
+
+SIDE_CHANNEL_PORTS = range(20_000, 32_000)
+"""Below the ports that systems hand out for outgoing connections: vLLM binds ours only after many
+seconds of loading, and then waits for ever if somebody else has got it meanwhile."""
 
 SINGLE_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """By its full name: on CPU vLLM turns the short name `uni` into the multi-process executor."""
@@ -42,6 +49,7 @@ class VllmEngineSettings:
     """Tokens in one step; longer prompts are computed in chunks. None: vLLM's default."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    """Prefill and decode need the same number of stages, and each takes a side-channel port."""
     num_threads_per_rank: int = 1
     """OpenMP threads on CPU. One: prefill and decode worker usually share few cores."""
     side_channel_host: str = "127.0.0.1"
@@ -72,26 +80,40 @@ class VllmEngineSettings:
     """Loading a large model takes minutes; an engine that hangs must not hang its worker for ever."""
 
     @property
-    def uses_one_process(self) -> bool:
-        return self.tensor_parallel_size * self.pipeline_parallel_size == 1
+    def num_ranks(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 def choose_side_channel_port(settings: VllmEngineSettings) -> int:
-    """Raises EngineFailed if the wished port cannot be bound. vLLM itself would wait for ever."""
-    address = f"{settings.side_channel_host}:{settings.side_channel_port}"
+    """The first of as many consecutive ports as there are pipeline stages.
+
+    Raises EngineFailed if a wished port cannot be bound: vLLM itself would wait for ever.
+    """
+    num_ports = settings.pipeline_parallel_size
+    if settings.side_channel_port:
+        for offset in range(num_ports):
+            _bind(settings.side_channel_host, settings.side_channel_port + offset)
+        return settings.side_channel_port
+    for first in random.sample(SIDE_CHANNEL_PORTS, FREE_PORT_ATTEMPTS):
+        try:
+            for offset in range(num_ports):
+                _bind(settings.side_channel_host, first + offset)
+        except EngineFailed:
+            continue
+        return first
+    raise EngineFailed(f"found no {num_ports} consecutive free ports on {settings.side_channel_host}")
+
+
+def _bind(host: str, port: int) -> None:
+    """Raises EngineFailed if the port is taken now."""
     try:
-        family, kind, _, _, target = socket.getaddrinfo(
-            settings.side_channel_host, settings.side_channel_port, type=socket.SOCK_STREAM
-        )[0]
+        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(target)
-            port: int = probe.getsockname()[1]
-            return port
-    except OSError as error:
-        raise EngineFailed(
-            f"cannot listen on the transfer's side channel {address}: {error.strerror}"
-        ) from error
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise EngineFailed(f"cannot listen on the transfer's side channel {host}:{port}: {reason}") from error
 
 
 def set_environment(settings: VllmEngineSettings, side_channel_port: int) -> None:
@@ -115,7 +137,7 @@ def engine_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
         "max_num_seqs": settings.max_batch_size,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
-        "distributed_executor_backend": SINGLE_PROCESS_EXECUTOR if settings.uses_one_process else "mp",
+        "distributed_executor_backend": SINGLE_PROCESS_EXECUTOR if settings.num_ranks == 1 else "mp",
         "enforce_eager": settings.device == "cpu" if settings.is_eager is None else settings.is_eager,
         "enable_prefix_caching": settings.is_prefix_caching_enabled,
         "seed": settings.seed,
@@ -157,6 +179,7 @@ def transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
             "kv_lease_margin_s": settings.kv_lease_margin_s,
             "kv_pull_timeout_s": settings.kv_pull_timeout_s,
             "is_progress_thread_enabled": settings.is_progress_thread_enabled,
+            "is_idle_pace_enabled": True,
             "owner": ProcessIdentity.current().to_dict(),
         },
     }

@@ -35,7 +35,7 @@ class LoadGauge:
         self._num_preemptions = 0
 
     def set_capacity(self, *, num_blocks: int, reads_per_transfer: int) -> None:
-        """`reads_per_transfer`: each tensor-parallel rank reads its own part and counts it."""
+        """`reads_per_transfer`: each rank reads its own part and counts it."""
         self._num_blocks = self._num_free_blocks = num_blocks
         self._reads_per_transfer = reads_per_transfer
 

@@ -20,11 +20,16 @@ What is different, and why:
   process. It is off here unless asked for, with NIXL's strict locking. That is sound because a
   prefill engine steps about once a millisecond while it holds blocks, which drives NIXL, and late
   reads (when it does not) are refused.
+* **Pipeline stages.** vLLM's pull connector refuses pipeline parallelism. With as many stages on both
+  sides each stage holds the same layers as its counterpart, and the transfer is one ordinary
+  transfer per stage: stage `i` listens on side-channel port + i, and talks to stage `i` only.
+* **Idle engines rest.** An engine that only waits for others steps more slowly after a while
+  (`idle_pace.py`).
 * **No orphans.** With an owner named, the process dies with it.
 
-Keys in `kv_connector_extra_config`: `is_progress_thread_enabled`, `kv_lease_margin_s`,
-`kv_pull_timeout_s`, `owner`. Keys in a request's `kv_transfer_params`: the HOLD_, LEASE_ and
-RELEASE_ constants below.
+Keys in `kv_connector_extra_config`: `is_progress_thread_enabled`, `is_idle_pace_enabled`,
+`kv_lease_margin_s`, `kv_pull_timeout_s`, `owner`. Keys in a request's `kv_transfer_params`: the
+constants below.
 """
 
 from __future__ import annotations
@@ -43,10 +48,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBase
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from baton.process_guard import ProcessIdentity, die_with
+from baton.transfer.idle_pace import IdlePace
 from baton.transfer.lease import (
     DEFAULT_MARGIN_S,
     DEFAULT_PULL_TIMEOUT_S,
@@ -64,6 +71,9 @@ LEASE_END_S = "baton_lease_end_s"
 decode request: when the reader must take it to end on the decode host's."""
 RELEASE_HELD = "baton_release_held"
 """In a request that is aborted on arrival: ids of finished prefill requests to let go of."""
+NUM_STAGES = "baton_num_stages"
+"""In a prefill request's result: its pipeline stages, where there are several. A reader with another
+number must not read: it would take one stage's layers for all."""
 
 # vLLM's logger, so that lines of engine processes look alike and reach the same place.
 logger = init_logger(f"vllm.{__name__}")
@@ -94,12 +104,18 @@ class LeasedNixlConnector(NixlPullConnector):
             self.connector_scheduler = LeasedPullScheduler(vllm_config, self.engine_id, kv_cache_config)
         else:
             is_spinning = bool(extra_config.get("is_progress_thread_enabled", True))
-            with contextlib.nullcontext() if is_spinning else _agents_without_progress_thread():
+            with (
+                contextlib.nullcontext() if is_spinning else _agents_without_progress_thread(),
+                _as_one_stage(vllm_config.parallel_config),
+            ):
                 self.connector_worker = LeasedPullWorker(vllm_config, self.engine_id, kv_cache_config)
 
 
 class LeasedPullScheduler(NixlPullConnectorScheduler):
     """Scheduler side: what to claim, what to hold, what to tell the workers."""
+
+    side_channel_port: int
+    _nixl_handshake_listener_t: threading.Thread | None
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
@@ -107,10 +123,49 @@ class LeasedPullScheduler(NixlPullConnectorScheduler):
         self._margin_s = float(extra_config.get("kv_lease_margin_s", DEFAULT_MARGIN_S))
         self._pull_timeout_s = float(extra_config.get("kv_pull_timeout_s", DEFAULT_PULL_TIMEOUT_S))
         self._released_req_ids: set[str] = set()
+        self._num_stages: int = vllm_config.parallel_config.pipeline_parallel_size
+        self._listeners: list[threading.Thread] = []
+        self._pace = IdlePace() if extra_config.get("is_idle_pace_enabled", False) else None
+
+    def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], Any]) -> None:
+        """One listener per stage, each serving its stage as if there were no other."""
+        first_port = self.side_channel_port
+        for stage in range(self._num_stages):
+            self.side_channel_port = first_port + stage
+            super().set_xfer_handshake_metadata(
+                {(0, tp_rank): payload for (owner, tp_rank), payload in metadata.items() if owner == stage}
+            )
+            self._listeners.append(self._take_listener())
+        self.side_channel_port = first_port
+
+    def _take_listener(self) -> threading.Thread:
+        """The base class starts a listener only while it has none."""
+        listener = self._nixl_handshake_listener_t
+        assert listener is not None
+        self._nixl_handshake_listener_t = None
+        return listener
+
+    def shutdown(self) -> None:
+        super().shutdown()  # sets the event that all of them watch
+        for listener in self._listeners:
+            listener.join()
+
+    def set_xfer_handshake_metadata(self, metadata: Any) -> None:
+        # The base class starts a thread that binds the port, and waits for it without a deadline:
+        # were the port taken since it was chosen, the thread would die and the engine hang.
+        if not is_port_free(self.side_channel_host, self.side_channel_port):
+            raise OSError(f"side-channel port {self.side_channel_host}:{self.side_channel_port} is taken")
+        super().set_xfer_handshake_metadata(metadata)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         params = request.kv_transfer_params or {}
         num_held = params.get("remote_num_tokens")
+        if params.get("do_remote_prefill") and params.get(NUM_STAGES, 1) != self._num_stages:
+            logger.error(
+                "kv read impossible: request_id=%s num_stages=%d here, %d there",
+                request.request_id, self._num_stages, params.get(NUM_STAGES, 1),
+            )  # fmt: skip
+            return 0, False
         if not params.get("do_remote_prefill") or num_held is None:
             result: tuple[int, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
             return result
@@ -122,6 +177,8 @@ class LeasedPullScheduler(NixlPullConnectorScheduler):
         return num_tokens, num_tokens > 0
 
     def build_connector_meta(self, scheduler_output: Any) -> LeasedMetadata:
+        if self._pace is not None:
+            time.sleep(self._pace.sleep_s(has_work=scheduler_output.total_num_scheduled_tokens > 0))
         windows = {
             req_id: ReadWindow(
                 lease_end_s=float(lease_end_s),
@@ -150,6 +207,9 @@ class LeasedPullScheduler(NixlPullConnectorScheduler):
         if must_hold and result is not None and params.get(HOLD_UNLESS_STOPPED):
             # Only for an owner that knows the key: it turns a clock reading into time left.
             result[LEASE_END_S] = time.monotonic() + self._kv_lease_duration
+        if result is not None and self._num_stages > 1:
+            result[NUM_STAGES] = self._num_stages
+            result["pp_size"] = 1  # each of our stages is a source of its own
         return must_hold, result
 
 
@@ -169,6 +229,12 @@ class LeasedPullWorker(NixlPullConnectorWorker):
     def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
         if isinstance(metadata, LeasedMetadata):
             self._windows.update(metadata.windows)
+        if (stage := get_pp_group().rank_in_group) > 0:
+            # With several stages every worker has its own copy of the metadata.
+            for meta in metadata.reqs_to_recv.values():
+                meta.remote.port += stage
+            for heartbeat in metadata.heartbeat_by_engine.values():
+                heartbeat.port += stage
         super().start_load_kv(metadata)
         if isinstance(metadata, LeasedMetadata):
             # After the base class has taken over this step's new holds: they may be among these.
@@ -263,6 +329,17 @@ def _belong_to(owner: ProcessIdentity) -> None:
     if threading.current_thread() is threading.main_thread():
         # Ctrl-C reaches the whole foreground group; the owner drains and then ends us itself.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _as_one_stage(parallel_config: Any) -> Iterator[None]:
+    """vLLM's worker refuses to be built when there are several stages; ours serves one."""
+    num_stages = parallel_config.pipeline_parallel_size
+    parallel_config.pipeline_parallel_size = 1
+    try:
+        yield
+    finally:
+        parallel_config.pipeline_parallel_size = num_stages
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Real engines are started once per session and shared; the tests clean up what they hold."""
+"""Real engines are started once per module and shared; the tests clean up what they hold."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_demo_model(tmp_path_factory.mktemp("model") / "demo")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def vllm_pair(demo_model: Path) -> Iterator[EnginePair]:
     pair = EnginePair(demo_model)
-    pair.run(pair.start(), timeout_s=240.0)
+    pair.run(pair.start(prefill={"kv_load_failure_policy": "recompute"}), timeout_s=240.0)
     yield pair
     pair.close()

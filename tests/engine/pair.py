@@ -92,6 +92,48 @@ class Recorder:
         )
 
 
+def begin_prefill(
+    engine: VllmEngine,
+    listener: Recorder,
+    prompt: list[int],
+    sampling: SamplingSpec,
+    handoff_id: str,
+    keep_kv: bool = True,
+) -> asyncio.Future[FinishedPrefill | LegResult]:
+    done = listener.expect(handoff_id)
+    engine.start_prefill(
+        StartPrefill(
+            handoff_id=handoff_id,
+            request_id=handoff_id,
+            prompt_token_ids=pack_token_ids(prompt),
+            sampling=sampling,
+            keep_kv=keep_kv,
+        )
+    )
+    return done
+
+
+def begin_decode(
+    engine: VllmEngine,
+    listener: Recorder,
+    prompt: list[int],
+    sampling: SamplingSpec,
+    source: KvSource | None,
+    handoff_id: str,
+) -> asyncio.Future[LegResult]:
+    done = listener.expect(handoff_id)
+    engine.start_decode(
+        StartDecode(
+            handoff_id=handoff_id,
+            request_id=handoff_id,
+            prompt_token_ids=pack_token_ids(prompt),
+            sampling=sampling,
+            kv_source=source,
+        )
+    )
+    return done
+
+
 class EnginePair:
     """A prefill and a decode engine and what a coordinator would do with them."""
 
@@ -153,34 +195,19 @@ class EnginePair:
         handoff_id: str | None = None,
         keep_kv: bool = True,
     ) -> FinishedPrefill | LegResult:
-        handoff_id = handoff_id or self.new_handoff_id()
-        done = self.prefill_listener.expect(handoff_id)
-        self.prefill.start_prefill(
-            StartPrefill(
-                handoff_id=handoff_id,
-                request_id=handoff_id,
-                prompt_token_ids=pack_token_ids(prompt),
-                sampling=sampling,
-                keep_kv=keep_kv,
-            )
+        return await begin_prefill(
+            self.prefill,
+            self.prefill_listener,
+            prompt,
+            sampling,
+            handoff_id or self.new_handoff_id(),
+            keep_kv,
         )
-        result: FinishedPrefill | LegResult = await done
-        return result
 
     def begin_decode(
         self, prompt: list[int], sampling: SamplingSpec, source: KvSource | None, handoff_id: str
     ) -> asyncio.Future[LegResult]:
-        done = self.decode_listener.expect(handoff_id)
-        self.decode.start_decode(
-            StartDecode(
-                handoff_id=handoff_id,
-                request_id=handoff_id,
-                prompt_token_ids=pack_token_ids(prompt),
-                sampling=sampling,
-                kv_source=source,
-            )
-        )
-        return done
+        return begin_decode(self.decode, self.decode_listener, prompt, sampling, source, handoff_id)
 
     async def run_decode(
         self,

@@ -14,7 +14,14 @@ import pytest
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.sampling import SamplingSpec, StructuredOutput
 from baton.engine.base import FinishedPrefill
-from tests.engine.pair import LEASE_MARGIN_S, LEASE_S, EnginePair, LegResult
+from tests.engine.pair import (
+    LEASE_MARGIN_S,
+    LEASE_S,
+    EnginePair,
+    LegResult,
+    begin_decode,
+    begin_prefill,
+)
 
 BLOCK = 32
 GREEDY = SamplingSpec(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -187,28 +194,39 @@ def first_greedy_token(pair: EnginePair, prompt: list[int]) -> tuple[int, str]:
     return result.token_ids[0], result.text
 
 
-@pytest.mark.parametrize("stop_by", ["token", "string", "max_tokens"])
+@pytest.mark.parametrize("stop_by", ["token", "string"])
 def test_a_first_token_that_ends_the_sequence_holds_nothing(vllm_pair: EnginePair, stop_by: str) -> None:
     prompt = random_prompt(100, seed=8)
     token_id, text = first_greedy_token(vllm_pair, prompt)
     sampling = {
         "token": msgspec.structs.replace(GREEDY, stop_token_ids=[token_id]),
         "string": msgspec.structs.replace(GREEDY, stop=[text.strip()]),
-        "max_tokens": msgspec.structs.replace(GREEDY, max_tokens=1),
     }[stop_by]
     finished = vllm_pair.run(vllm_pair.run_prefill(prompt, sampling))
     assert isinstance(finished, FinishedPrefill)
     assert finished.kv_source is None
-    assert finished.delta.finish_reason == ("length" if stop_by == "max_tokens" else "stop")
-    expected_stop_reason = {"token": token_id, "string": text.strip(), "max_tokens": None}[stop_by]
-    assert finished.delta.stop_reason == expected_stop_reason
+    assert finished.delta.finish_reason == "stop"
+    assert finished.delta.stop_reason == {"token": token_id, "string": text.strip()}[stop_by]
     vllm_pair.run(vllm_pair.wait_until_free())  # far sooner than the lease
 
 
 def test_a_leg_that_keeps_nothing_holds_nothing(vllm_pair: EnginePair) -> None:
-    finished = vllm_pair.run(vllm_pair.run_prefill(random_prompt(100), GREEDY, keep_kv=False))
+    sampling = msgspec.structs.replace(GREEDY, max_tokens=1)
+    finished = vllm_pair.run(vllm_pair.run_prefill(random_prompt(100), sampling, keep_kv=False))
     assert isinstance(finished, FinishedPrefill)
     assert finished.kv_source is None
+    assert finished.delta.finish_reason == "length"
+    vllm_pair.run(vllm_pair.wait_until_free())
+
+
+def test_max_tokens_of_one_is_held_if_somebody_goes_on(vllm_pair: EnginePair) -> None:
+    """That is how the decode worker gets a prompt whose first token it samples itself."""
+    sampling = msgspec.structs.replace(GREEDY, max_tokens=1)
+    finished = vllm_pair.run(vllm_pair.run_prefill(random_prompt(100), sampling, handoff_id="one"))
+    assert isinstance(finished, FinishedPrefill)
+    assert finished.kv_source is not None
+    assert finished.delta.finish_reason is None
+    vllm_pair.run(free_hold(vllm_pair, "one"))
     vllm_pair.run(vllm_pair.wait_until_free())
 
 
@@ -350,6 +368,42 @@ def test_a_late_hand_off_is_refused(vllm_pair: EnginePair) -> None:
     assert after.num_kv_bytes_received == before.num_kv_bytes_received
     assert after.num_kv_transfer_failures == before.num_kv_transfer_failures + 1
     vllm_pair.run(free_hold(vllm_pair, "late"))
+    vllm_pair.run(vllm_pair.wait_until_free())
+
+
+def test_an_engine_set_to_recompute_answers_all_the_same(vllm_pair: EnginePair) -> None:
+    """The pair's other engine has that policy, so here the two change places."""
+    prompt = random_prompt(200, seed=16)
+    expected = vllm_pair.run(vllm_pair.colocated(prompt, GREEDY))
+
+    async def reversed_handoff(lease_s: float | None, handoff_id: str) -> LegResult:
+        finished = await begin_prefill(
+            vllm_pair.decode, vllm_pair.decode_listener, prompt, GREEDY, handoff_id
+        )
+        assert isinstance(finished, FinishedPrefill)
+        assert finished.kv_source is not None
+        source = finished.kv_source
+        if lease_s is not None:
+            source = msgspec.structs.replace(source, lease_s=lease_s)
+        await vllm_pair.prefill._llm.reset_prefix_cache()
+        result = await begin_decode(
+            vllm_pair.prefill, vllm_pair.prefill_listener, prompt, GREEDY, source, handoff_id
+        )
+        vllm_pair.decode.abort(handoff_id)
+        return result
+
+    before = vllm_pair.prefill.load()
+    in_time = vllm_pair.run(reversed_handoff(None, "in-time"))
+    after = vllm_pair.prefill.load()
+    assert in_time.token_ids == expected.token_ids
+    assert after.num_kv_transfers == before.num_kv_transfers + 1
+    assert after.num_prefill_tokens_done == before.num_prefill_tokens_done
+
+    too_late = vllm_pair.run(reversed_handoff(0.0, "too-late"))
+    later = vllm_pair.prefill.load()
+    assert too_late.token_ids == expected.token_ids
+    assert later.num_kv_transfers == after.num_kv_transfers
+    assert later.num_kv_transfer_failures == after.num_kv_transfer_failures + 1
     vllm_pair.run(vllm_pair.wait_until_free())
 
 

@@ -1,4 +1,4 @@
-"""Tensor parallelism on either side: the sides need not agree. Slow on few cores, so few cases."""
+"""Parallel engines. Tensor parallel sizes may differ, pipeline stages may not. Slow on few cores."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow, pytest.ma
 GREEDY = SamplingSpec(max_tokens=10, temperature=0.0, ignore_eos=True)
 
 
-@pytest.mark.parametrize(("prefill_ranks", "decode_ranks"), [(1, 2), (2, 1)], ids=["1-to-2", "2-to-1"])
-def test_different_tensor_parallel_sizes(demo_model: Path, prefill_ranks: int, decode_ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        ({"tensor_parallel_size": 1}, {"tensor_parallel_size": 2}),
+        ({"tensor_parallel_size": 2}, {"tensor_parallel_size": 1}),
+        ({"pipeline_parallel_size": 2}, {"pipeline_parallel_size": 2}),
+    ],
+    ids=["tensor-1-to-2", "tensor-2-to-1", "pipeline-2-to-2"],
+)
+def test_parallel_sizes(demo_model: Path, prefill: dict[str, int], decode: dict[str, int]) -> None:
     pair = EnginePair(demo_model)
     try:
         pair.run(
-            pair.start(
-                prefill={"tensor_parallel_size": prefill_ranks},
-                decode={"tensor_parallel_size": decode_ranks},
-                kv_lease_s=60,
-            ),
+            pair.start(prefill=prefill, decode=decode, kv_lease_s=60),
             timeout_s=300,
         )
         for num_tokens in (1, 32, 100):
