@@ -21,13 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from baton.ports import is_port_free
 from baton.settings import load, option
 from baton.wire.endpoints import (
     DEFAULT_CLIENT_PORT,
     DEFAULT_FLEET_PORT,
     DEFAULT_HOST,
     DEFAULT_HTTP_PORT,
-    is_port_free,
 )
 
 EXIT_OK, EXIT_PROBLEM = 0, 3

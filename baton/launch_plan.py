@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from baton.devices import split_devices
+from baton.ports import is_port_free
 from baton.settings import SettingsError, option
 from baton.wire.endpoints import (
     DEFAULT_CLIENT_PORT,
     DEFAULT_FLEET_PORT,
     DEFAULT_HOST,
     DEFAULT_HTTP_PORT,
-    is_port_free,
 )
 
 NUM_PORTS_TRIED = 100

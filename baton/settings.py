@@ -76,9 +76,12 @@ def read_yaml(cls: type[Any], path: Path) -> dict[str, Any]:
 
 
 def resolved(settings: Any) -> str:
-    """One line per setting, as start-up prints them."""
-    pairs = dataclasses.asdict(settings).items()
-    return "\n".join(f"  {name.replace('_', '-')}: {value}" for name, value in pairs)
+    """One line per setting, as start-up prints them; keys that clients must present stay hidden."""
+    lines = []
+    for name, value in dataclasses.asdict(settings).items():
+        is_secret = name.endswith("_key") and value is not None
+        lines.append(f"  {name.replace('_', '-')}: {'(set)' if is_secret else value}")
+    return "\n".join(lines)
 
 
 def as_flags(settings: Any) -> list[str]:

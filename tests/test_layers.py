@@ -14,7 +14,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS: list[list[str]] = [
     # Lowest first. A module may import its own group and any lower layer; groups of one layer are
     # siblings and never import each other. The longest matching prefix decides.
-    ["baton.contract", "baton.clock", "baton.settings", "baton.process_guard", "baton.devices"],
+    [
+        "baton.contract",
+        "baton.clock",
+        "baton.settings",
+        "baton.process_guard",
+        "baton.ports",
+        "baton.devices",
+    ],
     ["baton.telemetry", "baton.demo_model", "baton.processes"],
     ["baton.wire", "baton.transfer", "baton.policy"],
     ["baton.engine", "baton.client"],

@@ -132,3 +132,12 @@ def test_defaults_need_no_flags():
 
 def test_resolved_shows_one_line_per_setting():
     assert resolved(Example(port=1)).splitlines()[:2] == ["  port: 1", "  ratio: 0.5"]
+
+
+def test_a_key_is_not_printed():
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class WithKey:
+        api_key: str | None = option(None, "secret")
+
+    assert resolved(WithKey(api_key="hunter2")) == "  api-key: (set)"
+    assert resolved(WithKey()) == "  api-key: None"

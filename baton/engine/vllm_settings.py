@@ -5,24 +5,17 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from baton.contract.errors import EngineFailed
 from baton.contract.lifecycle import WorkerRole
+from baton.ports import free_port, is_port_free
 from baton.process_guard import ProcessIdentity
 from baton.transfer.lease import DEFAULT_LEASE_S, DEFAULT_MARGIN_S, DEFAULT_PULL_TIMEOUT_S
 
 GIB = 1 << 30
-
-FREE_PORT_ATTEMPTS = 50
-
-SIDE_CHANNEL_PORTS = range(20_000, 32_000)
-"""Below the ports that systems hand out for outgoing connections: vLLM binds ours only after many
-seconds of loading, and then waits for ever if somebody else has got it meanwhile."""
 
 SINGLE_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """By its full name: on CPU vLLM turns the short name `uni` into the multi-process executor."""
@@ -89,31 +82,16 @@ def choose_side_channel_port(settings: VllmEngineSettings) -> int:
 
     Raises EngineFailed if a wished port cannot be bound: vLLM itself would wait for ever.
     """
-    num_ports = settings.pipeline_parallel_size
+    host, num_ports = settings.side_channel_host, settings.pipeline_parallel_size
     if settings.side_channel_port:
-        for offset in range(num_ports):
-            _bind(settings.side_channel_host, settings.side_channel_port + offset)
+        for port in range(settings.side_channel_port, settings.side_channel_port + num_ports):
+            if not is_port_free(host, port):
+                raise EngineFailed(f"cannot listen on the transfer's side channel {host}:{port}: it is taken")
         return settings.side_channel_port
-    for first in random.sample(SIDE_CHANNEL_PORTS, FREE_PORT_ATTEMPTS):
-        try:
-            for offset in range(num_ports):
-                _bind(settings.side_channel_host, first + offset)
-        except EngineFailed:
-            continue
-        return first
-    raise EngineFailed(f"found no {num_ports} consecutive free ports on {settings.side_channel_host}")
-
-
-def _bind(host: str, port: int) -> None:
-    """Raises EngineFailed if the port is taken now."""
     try:
-        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise EngineFailed(f"cannot listen on the transfer's side channel {host}:{port}: {reason}") from error
+        return free_port(host, num_ports=num_ports)
+    except OSError as error:
+        raise EngineFailed(f"no side channel for the transfer: {error}") from error
 
 
 def set_environment(settings: VllmEngineSettings, side_channel_port: int) -> None:

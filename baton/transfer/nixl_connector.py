@@ -52,6 +52,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
+from baton.ports import is_port_free
 from baton.process_guard import ProcessIdentity, die_with
 from baton.transfer.idle_pace import IdlePace
 from baton.transfer.lease import (
@@ -130,6 +131,11 @@ class LeasedPullScheduler(NixlPullConnectorScheduler):
     def set_xfer_handshake_metadata(self, metadata: dict[tuple[int, int], Any]) -> None:
         """One listener per stage, each serving its stage as if there were no other."""
         first_port = self.side_channel_port
+        # The base class's thread binds the port and is waited for without a deadline: were the port
+        # taken since it was chosen, the thread would die and the engine hang.
+        for port in range(first_port, first_port + self._num_stages):
+            if not is_port_free(self.side_channel_host, port):
+                raise OSError(f"side-channel port {self.side_channel_host}:{port} is taken")
         for stage in range(self._num_stages):
             self.side_channel_port = first_port + stage
             super().set_xfer_handshake_metadata(
@@ -149,13 +155,6 @@ class LeasedPullScheduler(NixlPullConnectorScheduler):
         super().shutdown()  # sets the event that all of them watch
         for listener in self._listeners:
             listener.join()
-
-    def set_xfer_handshake_metadata(self, metadata: Any) -> None:
-        # The base class starts a thread that binds the port, and waits for it without a deadline:
-        # were the port taken since it was chosen, the thread would die and the engine hang.
-        if not is_port_free(self.side_channel_host, self.side_channel_port):
-            raise OSError(f"side-channel port {self.side_channel_host}:{self.side_channel_port} is taken")
-        super().set_xfer_handshake_metadata(metadata)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         params = request.kv_transfer_params or {}

@@ -10,8 +10,6 @@ A coordinator address is `host:port` of the fleet socket; loopback unless the us
 
 from __future__ import annotations
 
-import socket
-
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_HTTP_PORT = 8000
 DEFAULT_FLEET_PORT = 5570
@@ -32,20 +30,3 @@ def parse_address(address: str, default_port: int) -> tuple[str, int]:
     if not port.isdigit() or not 0 < int(port) < 65536 or not host.strip("[]"):
         raise ValueError(f"not an address of the form host:port: {address!r}")
     return host.strip("[]"), int(port)
-
-
-def free_port(host: str = DEFAULT_HOST) -> int:
-    """A port that was free a moment ago."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def is_port_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True

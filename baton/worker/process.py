@@ -22,10 +22,11 @@ from baton.clock import SystemClock
 from baton.contract.errors import EngineFailed
 from baton.contract.lifecycle import WorkerRole
 from baton.engine.base import Engine
+from baton.ports import is_port_free
 from baton.process_guard import ProcessIdentity, die_with
 from baton.settings import resolved
 from baton.telemetry import configure_logging, event
-from baton.wire.endpoints import DEFAULT_FLEET_PORT, is_port_free, parse_address, tcp
+from baton.wire.endpoints import DEFAULT_FLEET_PORT, parse_address, tcp
 from baton.worker.runtime import EndOfServing, WorkerIdentity, WorkerRuntime
 from baton.worker.settings import WorkerSettings
 

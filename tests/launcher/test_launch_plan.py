@@ -16,8 +16,8 @@ from baton.launch_plan import (
     plan_workers,
     reachable_host,
 )
+from baton.ports import free_port
 from baton.settings import SettingsError
-from baton.wire.endpoints import free_port
 
 PORTS = Ports(http=8000, fleet=5570, client=5571)
 

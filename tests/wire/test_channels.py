@@ -8,8 +8,9 @@ import select
 
 import pytest
 
+from baton.ports import free_port, is_port_free
 from baton.wire.channels import DRAIN_BATCH, DealerChannel, RouterChannel
-from baton.wire.endpoints import free_port, is_port_free, parse_address, tcp
+from baton.wire.endpoints import parse_address, tcp
 
 
 class Inbox:

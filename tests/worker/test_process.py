@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from baton.contract.messages import Heartbeat, LegFailed, PrefillFinished, RegisterWorker, WorkerLeaving
-from baton.wire.endpoints import free_port
+from baton.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,7 +25,7 @@ from baton.contract.messages import (
 from baton.engine.base import FinishedPrefill
 from baton.engine.simulated import SimulatedEngine
 from baton.engine.simulated_settings import SimulatedEngineSettings
-from baton.wire.endpoints import free_port
+from baton.ports import free_port
 from baton.worker.runtime import EndOfServing
 
 
