@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from baton.contract.errors import ServingError, UnsupportedFeature
+from baton.contract.errors import InvalidRequest, ServingError, UnsupportedFeature
+from baton.contract.sampling import SamplingSpec
 from coordinator.intake import Intake
-from coordinator.tokenizer import FleetTokenizer, Tokenizer
+from coordinator.tokenizer import FleetTokenizer, Tokenizer, id_above
 from coordinator.zmq_door import OnEncoded
 
 
@@ -30,6 +31,19 @@ class FleetPrompts:
         num_chars = sum(len(str(message.get("content", ""))) for message in messages)
         self._run(rendered, num_chars, done, add_special_tokens=False)
 
+    def check_token_ids(self, packed: bytes, sampling: SamplingSpec | None) -> None:
+        last = self._tokenizer.max_token_id
+        if last is None:
+            return
+        if (wrong := id_above(packed, last)) is not None:
+            raise _unknown_id("prompt_token_ids", wrong, last)
+        if sampling is None:
+            return
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            for token_id in getattr(sampling, name) or ():
+                if not 0 <= token_id <= last:
+                    raise _unknown_id(name, token_id, last)
+
     def _run(
         self,
         text_of: Callable[[Tokenizer], str],
@@ -50,3 +64,7 @@ class FleetPrompts:
             done(result)
 
         self._tokenizer.run(work, num_chars, deliver)
+
+
+def _unknown_id(name: str, token_id: int, last: int) -> InvalidRequest:
+    return InvalidRequest(f"{name} holds {token_id}, token ids go from 0 to {last}", param=name)

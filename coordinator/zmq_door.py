@@ -54,6 +54,9 @@ class PromptEncoder(Protocol):
 
     def encode_chat(self, messages: list[dict[str, Any]], done: OnEncoded) -> None: ...
 
+    def check_token_ids(self, packed: bytes, sampling: SamplingSpec | None) -> None:
+        """Raises InvalidRequest for an id that the model does not have, where that is known."""
+
 
 class ZmqDoor:
     def __init__(self, intake: Intake, encoder: PromptEncoder, served_names: ServedNames) -> None:
@@ -136,6 +139,7 @@ class ZmqDoor:
             raise UnknownModel(f"model {message.model!r} is not served here", param="model")
         if message.sampling is not None:
             check_sampling(message.sampling)
+        self._encoder.check_token_ids(packed or b"", message.sampling)
 
     def _encoded(self, sink: _Sink, message: SubmitRequest, packed: bytes | ServingError) -> None:
         if isinstance(packed, ServingError):

@@ -95,6 +95,9 @@ class WordEncoder:
     def encode_chat(self, messages, done) -> None:
         self.encode_text(" ".join(str(m["content"]) for m in messages), done)
 
+    def check_token_ids(self, packed, sampling) -> None:
+        pass
+
 
 class Names:
     def is_served(self, name: str) -> bool:
