@@ -9,9 +9,10 @@ PLATFORM=(--python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-hea
 TORCH_CPU=https://download.pytorch.org/whl/cpu
 
 # Named by vLLM or its dependencies, never imported by an embedded engine: extra servers and their
-# command lines, crash reporters, speech, other grammar back ends. An engine was run without each.
-UNUSED=(agent-detector anthropic astor detect-installer fastapi-cli fastapi-cloud-cli fastar interegular
-  lm-format-enforcer pycountry rignore sentry-sdk supervisor)
+# command lines, crash reporters, speech. An engine was run without each. (lm-format-enforcer and
+# interegular look alike but are imported by every request with structured output.)
+UNUSED=(agent-detector anthropic astor detect-installer fastapi-cli fastapi-cloud-cli fastar pycountry
+  rignore sentry-sdk supervisor)
 # On CPU also: numba (speculative n-grams only) and the wheels that PyPI has for CUDA torch alone;
 # torchvision's would break the import of transformers.
 UNUSED_ON_CPU=(llvmlite numba nixl-cu12 torchaudio torchcodec torchvision)
