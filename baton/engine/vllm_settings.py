@@ -157,7 +157,6 @@ def transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
             "kv_lease_margin_s": settings.kv_lease_margin_s,
             "kv_pull_timeout_s": settings.kv_pull_timeout_s,
             "is_progress_thread_enabled": settings.is_progress_thread_enabled,
-            "is_transfer_polled": not settings.is_progress_thread_enabled,
             "is_idle_pace_enabled": True,
             "owner": ProcessIdentity.current().to_dict(),
         },

@@ -17,8 +17,9 @@ What is different, and why:
 * **Nothing held for nothing.** A prompt whose first token ends the sequence is not held, and a hold
   that nobody will read can be released before its lease ends.
 * **No spinning thread.** NIXL's progress thread polls without pause and takes half a core per idle
-  process. It is off here unless asked for, with NIXL's strict locking; a thread of ours polls while
-  something is in flight (`nixl_progress.py`). Late reads are refused either way.
+  process. It is off here unless asked for, with NIXL's strict locking. That is sound because a
+  prefill engine steps about once a millisecond while it holds blocks, which drives NIXL, and late
+  reads (when it does not) are refused.
 * **Pipeline stages.** vLLM's pull connector refuses pipeline parallelism. With as many stages on both
   sides each stage holds the same layers as its counterpart, and the transfer is one ordinary
   transfer per stage: stage `i` listens on side-channel port + i, and talks to stage `i` only.
@@ -26,9 +27,9 @@ What is different, and why:
   (`idle_pace.py`).
 * **No orphans.** With an owner named, the process dies with it.
 
-Keys in `kv_connector_extra_config`: `is_progress_thread_enabled`, `is_transfer_polled`,
-`is_idle_pace_enabled`, `kv_lease_margin_s`, `kv_pull_timeout_s`, `owner`. Keys in a request's
-`kv_transfer_params`: the constants below.
+Keys in `kv_connector_extra_config`: `is_progress_thread_enabled`, `is_idle_pace_enabled`,
+`kv_lease_margin_s`, `kv_pull_timeout_s`, `owner`. Keys in a request's `kv_transfer_params`: the
+constants below.
 """
 
 from __future__ import annotations
@@ -60,7 +61,6 @@ from baton.transfer.lease import (
     ReadWindow,
     num_tokens_to_pull,
 )
-from baton.transfer.nixl_progress import TransferProgress
 
 CONNECTOR_NAME = "LeasedNixlConnector"
 CONNECTOR_MODULE = __name__
@@ -224,18 +224,6 @@ class LeasedPullWorker(NixlPullConnectorWorker):
         self._forget_released_after_s = 2.0 * float(
             vllm_config.kv_transfer_config.get_from_extra_config("kv_lease_duration", 30)
         )
-        extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
-        is_polled = bool(extra_config.get("is_transfer_polled", False))
-        self._progress = TransferProgress(self.nixl_wrapper) if is_polled else None
-
-    def shutdown(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        super().shutdown()
-
-    def _tell_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.set_in_flight(bool(self._reqs_to_send or self._recving_transfers))
 
     def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
         if isinstance(metadata, LeasedMetadata):
@@ -250,7 +238,6 @@ class LeasedPullWorker(NixlPullConnectorWorker):
         if isinstance(metadata, LeasedMetadata):
             # After the base class has taken over this step's new holds: they may be among these.
             self._release(metadata.released_req_ids)
-        self._tell_progress()
 
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
         window = self._windows.get(req_id)
@@ -318,7 +305,6 @@ class LeasedPullWorker(NixlPullConnectorWorker):
         if self._to_report_sent:
             results.finished_sending |= self._to_report_sent
             self._to_report_sent = set()
-        self._tell_progress()
         return results
 
     def _release(self, req_ids: set[str]) -> None:
