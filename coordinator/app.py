@@ -165,7 +165,7 @@ class Coordinator:
             case PrefillFinished():
                 self._perform(self._core.prefill_finished(worker, message, now_s))
             case Heartbeat():
-                self._core.heartbeat(worker, message)
+                self._core.heartbeat(worker, message, now_s)
             case LegFailed():
                 self._perform(self._core.leg_failed(worker, message, now_s))
             case WorkerLeaving():

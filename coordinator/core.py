@@ -171,8 +171,9 @@ class Core:
     def worker_leaving(self, worker: Worker) -> None:
         self.fleet.mark_leaving(worker)
 
-    def heartbeat(self, worker: Worker, message: Heartbeat) -> None:
+    def heartbeat(self, worker: Worker, message: Heartbeat, now_s: float) -> None:
         worker.account.load = message.load
+        worker.hear_clock(message.sent_s, now_s)
 
     def prefill_finished(self, worker: Worker, message: PrefillFinished, now_s: float) -> list[Action]:
         worker.account.load = message.load
@@ -200,10 +201,20 @@ class Core:
                 return (
                     actions + self._finish(request, Outcome.COMPLETED, now_s, last=delta) + self._pump(now_s)
                 )
-        request.kv_source = message.kv_source
+        request.kv_source = self._what_is_left(request, message, now_s)
         request.move(RequestState.HANDING_OFF, now_s)
-        actions.append(self._start_decode(request, message.kv_source))
+        actions.append(self._start_decode(request, request.kv_source, now_s))
         return actions
+
+    @staticmethod
+    def _what_is_left(request: Request, message: PrefillFinished, now_s: float) -> KvSource | None:
+        """The source with the part of its lease that is certainly left: all time since dispatch that the
+        worker's engine does not account for may have passed after the lease began, in a queue."""
+        source = message.kv_source
+        if source is None or request.dispatched_s is None:
+            return source
+        lost_s = now_s - request.dispatched_s - message.queue_s - message.prefill_s
+        return msgspec.structs.replace(source, lease_s=max(0.0, source.lease_s - max(0.0, lost_s)))
 
     def step(self, worker: Worker, message: StepOutputs, now_s: float) -> list[Action]:
         """The hot path: one call per engine step of a decode worker."""
@@ -314,7 +325,7 @@ class Core:
         self._open_attempt(request, facts, prefill, decode)
         if prefill is None:  # the prompt was computed before, its KV is lost: compute it on decode
             request.move(RequestState.HANDING_OFF, now_s)
-            return self._start_decode(request, None)
+            return self._start_decode(request, None, now_s)
         request.dispatched_s = now_s
         request.move(RequestState.PREFILLING, now_s)
         is_token_wanted = request.first_token_by is WorkerRole.PREFILL
@@ -353,7 +364,7 @@ class Core:
             )
         request.update_placement()
 
-    def _start_decode(self, request: Request, kv_source: KvSource | None) -> Send:
+    def _start_decode(self, request: Request, kv_source: KvSource | None, now_s: float) -> Send:
         sampling, num_given = request.submission.sampling, request.num_output_tokens
         if num_given:
             sampling = msgspec.structs.replace(
@@ -364,12 +375,14 @@ class Core:
         if sampling.prompt_logprobs is not None:  # the prefill worker has given them
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         assert request.decode_worker is not None and request.prompt_token_ids is not None
+        worker = self.fleet.get(request.decode_worker)
         message = StartDecode(
             handoff_id=request.handoff_id,
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
             sampling=sampling,
             kv_source=kv_source,
+            sent_s=worker.clock_s(now_s) if worker is not None else None,
         )
         return Send(request.decode_worker, message)
 

@@ -19,7 +19,7 @@ from baton.policy.ledger import WorkerAccount
 class Worker:
     """One registered worker. `peer` is its connection, opaque here."""
 
-    __slots__ = ("account", "is_leaving", "last_heard_s", "peer", "registration")
+    __slots__ = ("_clock_ahead_s", "account", "is_leaving", "last_heard_s", "peer", "registration")
 
     def __init__(self, registration: RegisterWorker, peer: bytes, now_s: float) -> None:
         self.registration = registration
@@ -29,6 +29,17 @@ class Worker:
         self.account = WorkerAccount(
             registration.worker_id, registration.capacity, registration.layout.block_size_tokens
         )
+        self._clock_ahead_s: float | None = None
+        self.hear_clock(registration.sent_s, now_s)
+
+    def hear_clock(self, sent_s: float | None, now_s: float) -> None:
+        """The worker's clock when it sent what has just been read."""
+        if sent_s is not None:
+            self._clock_ahead_s = sent_s - now_s
+
+    def clock_s(self, now_s: float) -> float | None:
+        """Its clock now, or less: the way of the message that told it is not known."""
+        return None if self._clock_ahead_s is None else self._clock_ahead_s + now_s
 
     @property
     def worker_id(self) -> str:

@@ -126,12 +126,16 @@ class RegisterWorker(Message, frozen=True, kw_only=True):
     """host:port of the transfer's side channel; empty for an engine without one."""
     host: str
     pid: int
+    sent_s: float | None = None
+    """The worker's own clock; see `Heartbeat.sent_s`."""
 
 
 class Heartbeat(Message, frozen=True, kw_only=True):
     load: WorkerLoad
     num_legs: int
     """Legs the worker believes it is serving; the coordinator compares and logs a difference."""
+    sent_s: float | None = None
+    """The worker's own clock when it sent this; comes back in `StartDecode.sent_s`."""
 
 
 class StepOutputs(Message, frozen=True, kw_only=True):
@@ -205,6 +209,10 @@ class StartDecode(Message, frozen=True, kw_only=True):
     """Already reduced by the tokens the client has (max_tokens, min_tokens)."""
     kv_source: KvSource | None
     """None: compute the prompt here (recompute policy, or nothing to fetch)."""
+    sent_s: float | None = None
+    """A time on the *worker's* clock at or before which this was not yet sent: its latest heartbeat's,
+    plus the time since that arrived. How long this message lay somewhere is then known, whatever the
+    two clocks say, and comes off the lease. Never too short: the heartbeat's own way counts as well."""
 
 
 class AbortLeg(Message, frozen=True, kw_only=True):

@@ -5,9 +5,10 @@ that ends after that returns bytes of another prompt, and nothing in the transfe
 defence is to know the time. So a reader keeps a margin before the end of the lease, starts nothing
 inside it, and throws away what finished inside it.
 
-The margin pays for what the reader cannot see: the time the hand-off spent on the wire (time left
-travels, and nobody subtracts a message's flight), and the time between the end of a transfer and
-the step that notices.
+Time left travels in messages, and messages may lie in queues while a process stands still. Each hop
+takes that time off: the coordinator what passed since dispatch and the prefill engine does not account
+for, the decode worker the age of its order, told on its own clock (`StartDecode.sent_s`). The margin
+pays for the rest: the time between the end of a transfer and the step that notices.
 """
 
 from __future__ import annotations

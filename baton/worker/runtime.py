@@ -20,6 +20,8 @@ import logging
 from dataclasses import dataclass
 from enum import Enum
 
+import msgspec
+
 from baton.clock import Clock
 from baton.contract import codec
 from baton.contract.errors import EngineFailed, ErrorReport, ProtocolMismatch
@@ -217,11 +219,13 @@ class WorkerRuntime:
             transfer_endpoint=description.transfer_endpoint,
             host=identity.host,
             pid=identity.pid,
+            sent_s=self._clock.now_s(),
         )
         self._channel.send(codec.encode(registration))
 
     def _heartbeat(self) -> None:
-        self._send(Heartbeat(load=self._engine.load(), num_legs=len(self._legs)))
+        now_s = self._clock.now_s()
+        self._send(Heartbeat(load=self._engine.load(), num_legs=len(self._legs), sent_s=now_s))
 
     def _send(self, message: Message) -> None:
         """To a coordinator that knows us; otherwise the message has no reader and is dropped."""
@@ -331,7 +335,7 @@ class WorkerRuntime:
             if isinstance(message, StartPrefill):
                 self._engine.start_prefill(message)
             else:
-                self._engine.start_decode(message)
+                self._engine.start_decode(with_lease_left(message, self._clock.now_s()))
 
     # ── from the engine ──────────────────────────────────────────────────────────────────────
 
@@ -386,3 +390,14 @@ class WorkerRuntime:
     def _legs_ended(self) -> None:
         if self._legs.is_draining and not len(self._legs):
             self._changed.set()
+
+
+def with_lease_left(message: StartDecode, now_s: float) -> StartDecode:
+    """With what is left of its lease after the time it lay in queues: this process, or one on its way,
+    may have stood still for longer than the lease. Read then, the KV would be another prompt's."""
+    source = message.kv_source
+    if source is None or message.sent_s is None:
+        return message
+    age_s = max(0.0, now_s - message.sent_s)
+    left = msgspec.structs.replace(source, lease_s=max(0.0, source.lease_s - age_s))
+    return msgspec.structs.replace(message, kv_source=left)

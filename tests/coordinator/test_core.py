@@ -13,7 +13,16 @@ from baton.contract.errors import (
     QueueFull,
 )
 from baton.contract.lifecycle import IllegalMove, Outcome, RequestState, WorkerRole, check_move
-from baton.contract.messages import AbortLeg, StartDecode, StartPrefill
+from baton.contract.messages import (
+    AbortLeg,
+    Heartbeat,
+    KvSource,
+    PrefillFinished,
+    SequenceDelta,
+    StartDecode,
+    StartPrefill,
+    WorkerLoad,
+)
 from baton.contract.tokens import unpack_token_ids
 
 P, D = WorkerRole.PREFILL, WorkerRole.DECODE
@@ -36,7 +45,9 @@ def test_a_request_goes_from_prefill_to_decode_and_ends_once(bench):
     assert sink.token_ids == [7]
     assert worker == "d0" and unpack_token_ids(decode.prompt_token_ids) == [*range(20), 7]
     assert (decode.sampling.max_tokens, decode.sampling.min_tokens) == (2, 1)  # one is given already
-    assert decode.kv_source.lease_s == 30.0
+    assert decode.kv_source.lease_s == pytest.approx(
+        29.01
+    )  # 30, less the 0.99 s of 1 that nobody accounts for
 
     bench.now_s = 1.5
     bench.step("d0", decode.handoff_id, 8)
@@ -392,3 +403,34 @@ def test_draining_refuses_and_leaving_workers_get_nothing_new(bench):
 def test_illegal_moves_raise():
     with pytest.raises(IllegalMove):
         check_move(RequestState.FINISHED, RequestState.DECODING)
+
+
+def test_time_in_queues_comes_off_the_lease(bench):
+    """
+    1. a prefill of 2 s is over for its engine at 2.1 s; its news is read at 9 s: 6.9 s may be gone
+    2. the decode worker's clock, heard with its heartbeat, is 90 s ahead: it learns the time of sending
+    """
+    bench.submit("r")
+    ((_, start),) = bench.take(StartPrefill)
+    bench.now_s = 8.5
+    heartbeat = Heartbeat(load=WorkerLoad(), num_legs=0, sent_s=98.5)
+    bench.core.heartbeat(bench.worker("d0"), heartbeat, bench.now_s)
+    bench.now_s = 9.0
+    finished = PrefillFinished(
+        delta=SequenceDelta(start.handoff_id, [7], "x"),
+        kv_source=KvSource(lease_s=30.0, num_tokens=20, num_bytes=2048, transfer_params={}),
+        queue_s=0.1, prefill_s=2.0, load=WorkerLoad(),
+    )  # fmt: skip
+    bench.perform(bench.core.prefill_finished(bench.worker("p0"), finished, bench.now_s))
+    ((_, decode),) = bench.take(StartDecode)
+    assert decode.kv_source.lease_s == pytest.approx(23.1)  # 30 - (9 - 0 - 0.1 - 2)
+    assert decode.sent_s == pytest.approx(99.0)  # 98.5 when it said so, 0.5 s ago
+
+
+def test_a_lease_that_ended_in_a_queue_is_zero_and_not_negative(bench):
+    bench.submit("r")
+    ((_, start),) = bench.take(StartPrefill)
+    bench.now_s = 100.0
+    bench.finish_prefill("p0", start.handoff_id)
+    ((_, decode),) = bench.take(StartDecode)
+    assert decode.kv_source.lease_s == 0.0

@@ -4,6 +4,7 @@ import asyncio
 import pickle
 import random
 
+import msgspec
 import pytest
 
 from baton.contract import codec
@@ -26,7 +27,7 @@ from baton.engine.base import FinishedPrefill
 from baton.engine.simulated import SimulatedEngine
 from baton.engine.simulated_settings import SimulatedEngineSettings
 from baton.ports import free_port
-from baton.worker.runtime import EndOfServing
+from baton.worker.runtime import EndOfServing, with_lease_left
 
 
 def finished_prefill(handoff_id="h1", lease_s=30.0):
@@ -399,3 +400,24 @@ async def test_prefill_and_decode_workers_serve_a_request_together(
             assert len(tokens[f"h{number}"]) == 8
         assert decode_engine.load().num_kv_transfers == num_requests
         assert prefill_engine.load().num_free_blocks == prefill_engine.settings.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("sent_s", "left_s"),
+    [
+        pytest.param(None, 30.0, id="a coordinator that does not know our clock"),
+        pytest.param(100.0, 30.0, id="sent this moment"),
+        pytest.param(88.0, 18.0, id="12 s in queues"),
+        pytest.param(60.0, 0.0, id="longer than the lease"),
+        pytest.param(101.0, 30.0, id="from the future"),
+    ],
+)
+def test_a_lease_is_shorter_by_the_time_its_message_lay_in_queues(start_decode, sent_s, left_s):
+    source = KvSource(lease_s=30.0, num_tokens=3, num_bytes=8, transfer_params={})
+    message = msgspec.structs.replace(start_decode(kv_source=source), sent_s=sent_s)
+    assert with_lease_left(message, now_s=100.0).kv_source.lease_s == left_s
+
+
+def test_a_leg_without_a_source_has_no_lease(start_decode):
+    message = msgspec.structs.replace(start_decode(), sent_s=5.0)
+    assert with_lease_left(message, now_s=100.0) is message
