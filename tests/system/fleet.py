@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from baton import processes
+from baton.ports import free_port
 from baton.processes import RecordedProcess
-from baton.wire.endpoints import free_port
 
 T = TypeVar("T")
 
@@ -38,6 +38,12 @@ def wait_for(what: str, look: Callable[[], T], timeout_s: float) -> T:
         assert time.monotonic() < deadline_s, f"{what}: not within {timeout_s:g} s"
         time.sleep(POLL_S)
     return found
+
+
+def elapsed(seconds: float) -> Callable[[], bool]:
+    """For waits in which the time itself is the condition, as with a lease."""
+    end_s = time.monotonic() + seconds
+    return lambda: time.monotonic() >= end_s
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,11 @@ class Fleet:
         self._signal_all(name, signal.SIGCONT)
 
     def _signal_all(self, name: str, number: signal.Signals) -> None:
-        for pid in self.members[name].members():
+        self.send_signal(self.members[name].members(), number)
+
+    @staticmethod
+    def send_signal(pids: list[int], number: signal.Signals) -> None:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 

@@ -581,7 +581,7 @@ def test_thousands_of_fuzzed_frames_to_a_worker(fleet: Fleet, role: str, tmp_pat
 
         def is_idle() -> bool:
             heard = coordinator.hear()
-            return heard["type"] == "Heartbeat" and heard["load"][:3] == load_of_nothing
+            return bool(heard["type"] == "Heartbeat" and heard["load"][:3] == load_of_nothing)
 
         wait_for("a worker that holds nothing", is_idle, 30.0)
         assert worker.is_alive()

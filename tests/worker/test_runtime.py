@@ -415,7 +415,8 @@ async def test_prefill_and_decode_workers_serve_a_request_together(
 def test_a_lease_is_shorter_by_the_time_its_message_lay_in_queues(start_decode, sent_s, left_s):
     source = KvSource(lease_s=30.0, num_tokens=3, num_bytes=8, transfer_params={})
     message = msgspec.structs.replace(start_decode(kv_source=source), sent_s=sent_s)
-    assert with_lease_left(message, now_s=100.0).kv_source.lease_s == left_s
+    left = with_lease_left(message, now_s=100.0).kv_source
+    assert left is not None and left.lease_s == left_s
 
 
 def test_a_leg_without_a_source_has_no_lease(start_decode):
