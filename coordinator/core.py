@@ -204,7 +204,7 @@ class Core:
         request.kv_source = self._what_is_left(request, message, now_s)
         request.move(RequestState.HANDING_OFF, now_s)
         actions.append(self._start_decode(request, request.kv_source, now_s))
-        return actions
+        return actions + self._pump(now_s)
 
     @staticmethod
     def _what_is_left(request: Request, message: PrefillFinished, now_s: float) -> KvSource | None:
@@ -314,7 +314,10 @@ class Core:
         )
         prefill: WorkerAccount | None = None
         if request.prompt_token_ids is None:
-            prefill = self._prefill_policy.choose(facts, self.fleet.accounts(WorkerRole.PREFILL))
+            accounts = self.fleet.accounts(WorkerRole.PREFILL)
+            # What a worker cannot start on yet stays here, where it can still go elsewhere.
+            accounts = [a for a in accounts if a.has_prefill_room(facts.num_prompt_tokens)]
+            prefill = self._prefill_policy.choose(facts, accounts)
             if prefill is None:
                 return None
         decode: WorkerAccount | None = None

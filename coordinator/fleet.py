@@ -27,7 +27,10 @@ class Worker:
         self.last_heard_s = now_s
         self.is_leaving = False
         self.account = WorkerAccount(
-            registration.worker_id, registration.capacity, registration.layout.block_size_tokens
+            registration.worker_id,
+            registration.capacity,
+            registration.layout.block_size_tokens,
+            registration.prefill_window_tokens,
         )
         self._clock_ahead_s: float | None = None
         self.hear_clock(registration.sent_s, now_s)

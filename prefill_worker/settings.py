@@ -13,9 +13,16 @@ class PrefillWorkerSettings(WorkerSettings):
     kv_lease_s: int = option(
         30, "how long a finished prompt's KV is held for the decode worker, seconds; reads take milliseconds"
     )
+    prefill_window_tokens: int | None = option(
+        None,
+        "prompt tokens this worker takes ahead of what it has computed; a longer prompt comes alone, the "
+        "rest waits at the coordinator; absent: about what keeps the device busy, 512 on cpu, 8192 on cuda",
+    )
 
     def __post_init__(self) -> None:
         # Not super(): slots=True makes a new class, which the implicit one does not know (3.11).
         WorkerSettings.__post_init__(self)
         if self.kv_lease_s < 1:
             raise SettingsError(f"kv_lease_s is {self.kv_lease_s}, expected at least 1")
+        if self.prefill_window_tokens is not None and self.prefill_window_tokens < 1:
+            raise SettingsError(f"prefill_window_tokens is {self.prefill_window_tokens}, expected at least 1")

@@ -126,6 +126,9 @@ class RegisterWorker(Message, frozen=True, kw_only=True):
     """host:port of the transfer's side channel; empty for an engine without one."""
     host: str
     pid: int
+    prefill_window_tokens: int | None = None
+    """Prompt tokens this worker wants to have ahead of what it has computed; a longer prompt comes
+    alone. The rest waits at the coordinator. None: no limit."""
     sent_s: float | None = None
     """The worker's own clock; see `Heartbeat.sent_s`."""
 

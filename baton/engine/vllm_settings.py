@@ -157,6 +157,7 @@ def transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
             "kv_lease_margin_s": settings.kv_lease_margin_s,
             "kv_pull_timeout_s": settings.kv_pull_timeout_s,
             "is_progress_thread_enabled": settings.is_progress_thread_enabled,
+            "is_affinity_kept": True,
             "is_idle_pace_enabled": True,
             "owner": ProcessIdentity.current().to_dict(),
         },

@@ -24,12 +24,20 @@ class WorkerAccount:
     """One worker's commitments: legs in flight, prompt tokens not yet computed, blocks promised."""
 
     __slots__ = ("_entries", "capacity", "block_size_tokens", "load", "num_queued_tokens",
-                 "num_reserved_blocks", "worker_id")  # fmt: skip
+                 "num_reserved_blocks", "prefill_window_tokens", "worker_id")  # fmt: skip
 
-    def __init__(self, worker_id: str, capacity: WorkerCapacity, block_size_tokens: int) -> None:
+    def __init__(
+        self,
+        worker_id: str,
+        capacity: WorkerCapacity,
+        block_size_tokens: int,
+        prefill_window_tokens: int | None = None,
+    ) -> None:
         self.worker_id = worker_id
         self.capacity = capacity
         self.block_size_tokens = block_size_tokens
+        self.prefill_window_tokens = prefill_window_tokens
+        """Prompt tokens the worker wants to have ahead of what it has computed; None: no limit."""
         self.load = WorkerLoad(num_free_blocks=capacity.num_blocks)
         self.num_queued_tokens = 0
         """Uncached prompt tokens committed here and not yet computed."""
@@ -47,6 +55,11 @@ class WorkerAccount:
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size_tokens)
+
+    def has_prefill_room(self, num_tokens: int) -> bool:
+        """A prompt fits into the window, or is alone."""
+        window = self.prefill_window_tokens
+        return window is None or not self.num_queued_tokens or self.num_queued_tokens + num_tokens <= window
 
     def commit(self, handoff_id: str, *, num_queued_tokens: int, num_blocks: int) -> None:
         assert handoff_id not in self._entries, handoff_id

@@ -23,19 +23,23 @@ What is different, and why:
 * **Pipeline stages.** vLLM's pull connector refuses pipeline parallelism. With as many stages on both
   sides each stage holds the same layers as its counterpart, and the transfer is one ordinary
   transfer per stage: stage `i` listens on side-channel port + i, and talks to stage `i` only.
+* **All cores.** On CPU the base class moves the calling thread to the last core of each NUMA node,
+  "for kv transfer". With the single-process executor that thread runs the model, so every engine of
+  a host would compute on the same core. Here the thread stays where it was.
 * **Idle engines rest.** An engine that only waits for others steps more slowly after a while
   (`idle_pace.py`).
 * **No orphans.** With an owner named, the process dies with it.
 
-Keys in `kv_connector_extra_config`: `is_progress_thread_enabled`, `is_idle_pace_enabled`,
-`kv_lease_margin_s`, `kv_pull_timeout_s`, `owner`. Keys in a request's `kv_transfer_params`: the
-constants below.
+Keys in `kv_connector_extra_config`: `is_progress_thread_enabled`, `is_affinity_kept`,
+`is_idle_pace_enabled`, `kv_lease_margin_s`, `kv_pull_timeout_s`, `owner`. Keys in a request's
+`kv_transfer_params`: the constants below.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import signal
 import threading
 import time
@@ -216,7 +220,9 @@ class LeasedPullWorker(NixlPullConnectorWorker):
     """Worker side: refuses, gives up and discards reads; releases holds early."""
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
-        super().__init__(vllm_config, engine_id, kv_cache_config)
+        extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
+        with _same_cores() if extra_config.get("is_affinity_kept", False) else contextlib.nullcontext():
+            super().__init__(vllm_config, engine_id, kv_cache_config)
         self._windows: dict[str, ReadWindow] = {}
         self._read_started_s: dict[str, float] = {}
         self._to_report_sent: set[str] = set()
@@ -321,6 +327,16 @@ class LeasedPullWorker(NixlPullConnectorWorker):
                 break  # in order of time
             del self._released_at_s[req_id]
             self._reqs_to_process.discard(req_id)
+
+
+@contextlib.contextmanager
+def _same_cores() -> Iterator[None]:
+    """Undoes a change of this thread's CPU affinity."""
+    cores = os.sched_getaffinity(0)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def _belong_to(owner: ProcessIdentity) -> None:

@@ -35,7 +35,13 @@ logger = logging.getLogger("baton.worker")
 EXIT_OK, EXIT_FAILURE = 0, 1
 
 
-def run_worker(settings: WorkerSettings, role: WorkerRole, build_engine: Callable[[], Engine]) -> int:
+def run_worker(
+    settings: WorkerSettings,
+    role: WorkerRole,
+    build_engine: Callable[[], Engine],
+    *,
+    prefill_window_tokens: int | None = None,
+) -> int:
     """Blocks until the worker has left; the exit code."""
     if settings.exit_with_parent:
         die_with(ProcessIdentity.parent())
@@ -55,14 +61,23 @@ def run_worker(settings: WorkerSettings, role: WorkerRole, build_engine: Callabl
     )
     address = tcp(*parse_address(settings.coordinator, DEFAULT_FLEET_PORT))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_live(settings, identity, address, build_engine))
+        return runner.run(_live(settings, identity, address, build_engine, prefill_window_tokens))
 
 
 async def _live(
-    settings: WorkerSettings, identity: WorkerIdentity, address: str, build_engine: Callable[[], Engine]
+    settings: WorkerSettings,
+    identity: WorkerIdentity,
+    address: str,
+    build_engine: Callable[[], Engine],
+    prefill_window_tokens: int | None,
 ) -> int:
     runtime = WorkerRuntime(
-        build_engine(), identity, address, SystemClock(), drain_timeout_s=settings.drain_timeout_s
+        build_engine(),
+        identity,
+        address,
+        SystemClock(),
+        drain_timeout_s=settings.drain_timeout_s,
+        prefill_window_tokens=prefill_window_tokens,
     )
     _install_signals(runtime)
     event(logger, "worker starting", worker_id=identity.worker_id, boot_id=identity.boot_id, pid=identity.pid)

@@ -88,6 +88,7 @@ class WorkerRuntime:
         clock: Clock,
         *,
         drain_timeout_s: float,
+        prefill_window_tokens: int | None = None,
     ) -> None:
         self.identity = identity
         self.end: EndOfServing | None = None
@@ -96,6 +97,7 @@ class WorkerRuntime:
         self._coordinator_address = coordinator_address
         self._clock = clock
         self._drain_timeout_s = drain_timeout_s
+        self._prefill_window_tokens = prefill_window_tokens
         self._registration = Registration()
         self._heartbeat_interval_s = DEFAULT_HEARTBEAT_INTERVAL_S
         self._channel: DealerChannel | None = None
@@ -219,6 +221,7 @@ class WorkerRuntime:
             transfer_endpoint=description.transfer_endpoint,
             host=identity.host,
             pid=identity.pid,
+            prefill_window_tokens=self._prefill_window_tokens,
             sent_s=self._clock.now_s(),
         )
         self._channel.send(codec.encode(registration))

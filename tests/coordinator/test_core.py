@@ -405,6 +405,31 @@ def test_illegal_moves_raise():
         check_move(RequestState.FINISHED, RequestState.DECODING)
 
 
+def test_prompts_beyond_the_workers_window_wait_here(make_bench):
+    """
+    1. a window of 50 tokens: two prompts of 20 go, the third would be ahead of its time
+    2. one is computed: the third goes, although decode of the first has not begun
+    """
+    bench = make_bench()
+    bench.add("p0", P, prefill_window_tokens=50)
+    bench.add("d0", D)
+    for name in "abc":
+        bench.submit(name, num_prompt_tokens=20)
+    starts = bench.take(StartPrefill)
+    assert [m.request_id for _, m in starts] == ["a", "b"]
+    bench.finish_prefill("p0", starts[0][1].handoff_id)
+    assert [m.request_id for _, m in bench.take(StartPrefill)] == ["c"]
+
+
+def test_a_prompt_longer_than_the_window_goes_alone(make_bench):
+    bench = make_bench()
+    bench.add("p0", P, prefill_window_tokens=50)
+    bench.add("d0", D)
+    bench.submit("long", num_prompt_tokens=200)
+    bench.submit("short", num_prompt_tokens=5)
+    assert [m.request_id for _, m in bench.take(StartPrefill)] == ["long"]
+
+
 def test_time_in_queues_comes_off_the_lease(bench):
     """
     1. a prefill of 2 s is over for its engine at 2.1 s; its news is read at 9 s: 6.9 s may be gone
