@@ -43,8 +43,10 @@ from baton.contract.messages import (
     StepOutputs,
 )
 from baton.contract.tokens import pack_token_ids
-from baton.policy.base import DecodePolicy, PrefillPolicy, RequestFacts, num_blocks_wanted
+from baton.policy.base import Choice, Policy, RequestFacts
 from baton.policy.ledger import WorkerAccount
+from baton.policy.room import num_blocks_wanted
+from baton.policy.router import PrefillChoice, Router
 from coordinator.actions import Action, Deliver, Finish, Send
 from coordinator.admission import check_acceptable
 from coordinator.drain_rate import DrainRate
@@ -76,15 +78,20 @@ class Core:
     def __init__(
         self,
         settings: CoreSettings,
-        prefill_policy: PrefillPolicy,
-        decode_policy: DecodePolicy,
+        prefill_policy: Policy,
+        decode_policy: Policy,
         boot_id: str,
     ) -> None:
         self.fleet = FleetView()
         self.is_draining = False
         self._settings = settings
-        self._prefill_policy = prefill_policy
-        self._decode_policy = decode_policy
+        self._router = Router(
+            self.fleet.ledger,
+            self.fleet.accounts(WorkerRole.PREFILL),
+            self.fleet.accounts(WorkerRole.DECODE),
+            prefill_policy=prefill_policy,
+            decode_policy=decode_policy,
+        )
         self._boot_id = boot_id
         self._num_handoffs = 0
         self._queue: deque[Request] = deque()
@@ -172,15 +179,19 @@ class Core:
         self.fleet.mark_leaving(worker)
 
     def heartbeat(self, worker: Worker, message: Heartbeat) -> None:
-        worker.account.load = message.load
+        worker.account.observe(message.load)
 
     def prefill_finished(self, worker: Worker, message: PrefillFinished, now_s: float) -> list[Action]:
-        worker.account.load = message.load
+        worker.account.observe(message.load)
         delta = message.delta
         request = self._leg(delta.handoff_id, worker, RequestState.PREFILLING)
         if request is None:
             # Nobody will fetch this KV: let the worker free it now instead of at the lease's end.
             return [Send(worker.worker_id, AbortLeg(handoff_id=delta.handoff_id))]
+        if delta.num_cached_tokens is not None:
+            worker.account.correct(
+                delta.handoff_id, num_uncached_tokens=request.num_prompt_tokens - delta.num_cached_tokens
+            )
         worker.account.prefill_done(delta.handoff_id)
         request.prefill_finished_s = now_s
         request.num_cached_tokens = delta.num_cached_tokens or 0
@@ -207,7 +218,7 @@ class Core:
 
     def step(self, worker: Worker, message: StepOutputs, now_s: float) -> list[Action]:
         """The hot path: one call per engine step of a decode worker."""
-        worker.account.load = message.load
+        worker.account.observe(message.load)
         actions: list[Action] = []
         is_room_freed = False
         legs = self._legs
@@ -301,15 +312,16 @@ class Core:
             num_prompt_tokens=request.num_prompt_tokens,
             num_expected_output_tokens=min(sampling.max_tokens, self._settings.expected_output_tokens),
         )
-        prefill: WorkerAccount | None = None
-        if request.prompt_token_ids is None:
-            prefill = self._prefill_policy.choose(facts, self.fleet.accounts(WorkerRole.PREFILL))
-            if prefill is None:
-                return None
-        decode: WorkerAccount | None = None
+        # Room first: it is the cheaper question, and the one that is asked again while we wait.
+        decode: Choice | None = None
         if request.needs_decode:
-            decode = self._decode_policy.choose(facts, self.fleet.accounts(WorkerRole.DECODE))
+            decode = self._router.choose_decode(facts, None, now_s)
             if decode is None:
+                return None
+        prefill: PrefillChoice | None = None
+        if request.prompt_token_ids is None:
+            prefill = self._router.choose_prefill(facts, None, now_s)
+            if prefill is None:
                 return None
         self._open_attempt(request, facts, prefill, decode)
         if prefill is None:  # the prompt was computed before, its KV is lost: compute it on decode
@@ -325,31 +337,37 @@ class Core:
             sampling=prefill_spec(sampling, is_token_wanted=is_token_wanted),
             keep_kv=request.needs_decode,
         )
-        return Send(prefill.worker_id, message)
+        return Send(prefill.choice.account.worker_id, message)
 
     def _open_attempt(
         self,
         request: Request,
         facts: RequestFacts,
-        prefill: WorkerAccount | None,
-        decode: WorkerAccount | None,
+        prefill: PrefillChoice | None,
+        decode: Choice | None,
     ) -> None:
         self._num_handoffs += 1
         request.num_attempts += 1
         request.handoff_id = f"h{self._boot_id}-{self._num_handoffs:x}"
         self._legs[request.handoff_id] = request
         if prefill is not None:
-            request.prefill_worker = request.last_prefill_worker = prefill.worker_id
-            num_tokens = facts.num_prompt_tokens
-            prefill.commit(
+            account, num_tokens = prefill.choice.account, facts.num_prompt_tokens
+            request.prefill_worker = request.last_prefill_worker = account.worker_id
+            account.commit(
                 request.handoff_id,
-                num_queued_tokens=num_tokens,
-                num_blocks=prefill.num_blocks_for(num_tokens),
+                num_queued_tokens=num_tokens - prefill.choice.hit_tokens,
+                num_blocks=account.num_blocks_for(num_tokens),
+                num_kv_tokens=num_tokens,
             )
+            self._router.committed(request.handoff_id, prefill, None)
         if decode is not None:
-            request.decode_worker = request.last_decode_worker = decode.worker_id
-            decode.commit(
-                request.handoff_id, num_queued_tokens=0, num_blocks=num_blocks_wanted(facts, decode)
+            account = decode.account
+            request.decode_worker = request.last_decode_worker = account.worker_id
+            account.commit(
+                request.handoff_id,
+                num_queued_tokens=0,
+                num_blocks=num_blocks_wanted(facts, account),
+                num_kv_tokens=facts.num_prompt_tokens,
             )
         request.update_placement()
 
