@@ -96,7 +96,7 @@ class PrefixHasher:
         wide = tokens.astype(np.uint64).reshape(num_blocks, size)
         wide += np.uint64(1)
         sums = (wide @ self._coin_vector) * self._mix_vector[depth : depth + num_blocks]
-        sums[0] += np.uint64(parent)
+        sums[:1] += np.uint64(parent)  # as an array: only those wrap around silently
         return np.cumsum(sums, dtype=np.uint64)
 
 
