@@ -189,8 +189,7 @@ def choose(policy: Policy, candidates: Candidates) -> Choice | None:
     best: npt.NDArray[Any] | None = None
     for key in keys:
         if best is None:
-            position = key.argmin()
-            best = np.flatnonzero(key == key[position])
+            (best,) = (key == key.min()).nonzero()
         else:
             values = key[best]
             best = best[values == values.min()]

@@ -458,4 +458,4 @@ def _children(node: _Node) -> list[_Node]:
 def _numbers(bits: int) -> npt.NDArray[np.intp]:
     """Positions of the set bits."""
     raw = bits.to_bytes((bits.bit_length() + 7) // 8, "little")
-    return np.flatnonzero(np.unpackbits(np.frombuffer(raw, dtype=np.uint8), bitorder="little"))
+    return np.unpackbits(np.frombuffer(raw, dtype=np.uint8), bitorder="little").nonzero()[0]
