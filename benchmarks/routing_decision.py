@@ -255,8 +255,8 @@ def _cell(
             )
     figures.add(f"after_decision_cpu_{num_workers}w_{num_blocks}b", [subject.cost_after(100)], "us")
     subject.make_ragged()
-    costs = [subject.cost(subject.hit, calls, is_list=False).cpu_us for _ in range(repeats)]
-    figures.add(f"decision_cpu_{num_workers}w_{num_blocks}b_ragged_packed", costs, "us")
+    ragged = [subject.cost(subject.hit, calls, is_list=False).cpu_us for _ in range(repeats)]
+    figures.add(f"decision_cpu_{num_workers}w_{num_blocks}b_ragged_packed", ragged, "us")
 
 
 def _event_costs() -> tuple[list[float], list[float]]:

@@ -50,8 +50,8 @@ class EngineModel:
             # else: a running request holds it; sharing is enough, it is freed by that one
         num_new = -(-len(tokens) // size) - hits
         if num_new > len(self._free):
-            for block, prefix in reversed(blocks):
-                self._free[block] = prefix
+            for taken, held in reversed(blocks):
+                self._free[taken] = held
             return False
         new_prefixes = []
         for n in range(hits, hits + num_new):
@@ -79,8 +79,8 @@ class EngineModel:
 
     def finish(self, name: str, *, is_tail_first: bool = True) -> None:
         blocks = self._running.pop(name)
-        for block, prefix in reversed(blocks) if is_tail_first else blocks:
-            self._free[block] = prefix
+        for block, held in reversed(blocks) if is_tail_first else blocks:
+            self._free[block] = held
 
     def reset(self) -> None:
         """Only without running requests, as in vLLM."""

@@ -9,7 +9,7 @@ import pytest
 
 from baton.contract.tokens import pack_token_ids
 from baton.policy.kv_feed import AskReplay, BlocksStored, KvEvent, KvFeeds
-from baton.policy.kv_index import KvIndex
+from baton.policy.kv_index import BYTES_PER_BLOCK, KvIndex
 from tests.policy.engine_model import EngineModel
 
 SIZE = 4
@@ -17,7 +17,8 @@ SIZE = 4
 
 def hits(index: KvIndex, tokens: Sequence[int], num_slots: int, namespace: str = "") -> list[int]:
     prompt = index.prompt(pack_token_ids(tokens), namespace)
-    return index.blocks_by_slot(index.match(prompt), num_slots).tolist()
+    found: list[int] = index.blocks_by_slot(index.match(prompt), num_slots).tolist()
+    return found
 
 
 def store(
@@ -172,7 +173,7 @@ def test_the_byte_cap_forgets_old_chains_from_their_ends():
     1. two chains of 10 fill the cap of 20; the first is matched again
     2. a third chain of 6 comes: the second one shrinks, the first stays whole
     """
-    index = make_index(1, max_bytes=20 * 300)
+    index = make_index(1, max_bytes=20 * BYTES_PER_BLOCK)
     other, third = [1, *TEXT[1:]], [2, *TEXT[1:]]
     store(index, 0, TEXT)
     store(index, 0, other)

@@ -202,7 +202,8 @@ def test_any_schedule_ends_at_zero(seed):
 
 
 def with_room(facts: RequestFacts, ledger: Ledger) -> list[int]:
-    return slots_with_room(facts, ledger, np.arange(ledger.num_slots)).tolist()
+    found: list[int] = slots_with_room(facts, ledger, np.arange(ledger.num_slots)).tolist()
+    return found
 
 
 def test_room_comes_before_batch():

@@ -23,7 +23,8 @@ class ProductWithoutOne(Memoryless):
 
 
 def mean(outcomes: list[Outcome], name: str) -> float:
-    return sum(getattr(outcome, name) for outcome in outcomes) / len(outcomes)
+    values: list[float] = [getattr(outcome, name) for outcome in outcomes]
+    return sum(values) / len(values)
 
 
 @pytest.fixture(scope="module")
