@@ -236,6 +236,11 @@ class Ledger:
         rows: Vector = self._table[_COLUMN_NUMBER[name]].take(slots)
         return rows
 
+    def rows(self, slots: Vector) -> Vector:
+        """As `gather`, for all columns at once, in the order of COLUMNS."""
+        rows: Vector = self._table.take(slots, axis=1)
+        return rows
+
     def account(self, slot: int) -> WorkerAccount:
         account = self._accounts[slot]
         assert account is not None, f"slot {slot} is closed"

@@ -49,6 +49,8 @@ class PrefixHasher:
         self._random = random.Random(random.SystemRandom().getrandbits(128) if seed is None else seed)
         self._coins = [self._odd() for _ in range(block_size_tokens)]
         self._coin_vector: Hashes = np.array(self._coins, dtype=np.uint64)
+        self._once = np.uint64(sum(self._coins) & _MASK)
+        """What the + 1 of every token adds to each block."""
         self._salt = self._odd()
         self._mixes: list[int] = []
         self._mix_vector: Hashes = np.zeros(0, dtype=np.uint64)
@@ -79,7 +81,7 @@ class PrefixHasher:
             return values
         size = self.block_size_tokens
         tokens = np.frombuffer(packed, dtype=_TOKEN_DTYPE, count=num_blocks * size).tolist()
-        once = sum(self._coins)  # the + 1 of every token
+        once = int(self._once)
         steps = [
             (sum(map(mul, tokens[i * size : (i + 1) * size], self._coins)) + once) * self._mixes[depth + i]
             for i in range(num_blocks)
@@ -93,11 +95,11 @@ class PrefixHasher:
         tokens = np.frombuffer(
             packed, dtype=_TOKEN_DTYPE, count=num_blocks * size, offset=first * size * TOKEN_BYTES
         )
-        wide = tokens.astype(np.uint64).reshape(num_blocks, size)
-        wide += np.uint64(1)
-        sums = (wide @ self._coin_vector) * self._mix_vector[depth : depth + num_blocks]
-        sums[:1] += np.uint64(parent)  # as an array: only those wrap around silently
-        return np.cumsum(sums, dtype=np.uint64)
+        sums = tokens.astype(np.uint64).reshape(num_blocks, size) @ self._coin_vector
+        sums += self._once
+        sums *= self._mix_vector[depth : depth + num_blocks]
+        sums[0] = (sums.item(0) + parent) & _MASK  # numpy warns where single numbers wrap around
+        return sums.cumsum()
 
 
 class PromptHashes:

@@ -12,7 +12,12 @@ from __future__ import annotations
 import numpy as np
 
 from baton.policy.base import RequestFacts
-from baton.policy.ledger import Ledger, Vector, WorkerAccount
+from baton.policy.ledger import COLUMNS, Ledger, Vector, WorkerAccount
+
+_LEGS, _RESERVED, _BLOCKS, _MAX_BATCH, _BLOCK_SIZE = (
+    COLUMNS.index(name)
+    for name in ("num_legs", "num_reserved_blocks", "num_blocks", "max_batch_size", "block_size_tokens")
+)
 
 
 def num_blocks_wanted(facts: RequestFacts, account: WorkerAccount) -> int:
@@ -24,12 +29,15 @@ def num_blocks_wanted(facts: RequestFacts, account: WorkerAccount) -> int:
 
 def slots_with_room(facts: RequestFacts, ledger: Ledger, slots: Vector) -> Vector:
     """Those of `slots` with a place in the batch and blocks for prompt and expected output."""
-    block_size = ledger.gather("block_size_tokens", slots)
-    num_blocks = ledger.gather("num_blocks", slots)
+    if not len(slots):
+        return slots
+    rows = ledger.rows(slots)
+    num_blocks, block_size = rows[_BLOCKS], rows[_BLOCK_SIZE]
     tokens = facts.num_prompt_tokens + facts.num_expected_output_tokens
-    wanted = (tokens + block_size - 1) // block_size
-    least = (facts.num_prompt_tokens + block_size) // block_size  # prompt + 1 token, rounded up
-    wanted = np.minimum(wanted, np.maximum(num_blocks, least))
-    has_room = wanted <= num_blocks - ledger.gather("num_reserved_blocks", slots)
-    has_room &= ledger.gather("num_legs", slots) < ledger.gather("max_batch_size", slots)
+    wanted = -(-tokens // block_size)
+    if (wanted > num_blocks).any():
+        least = -(-(facts.num_prompt_tokens + 1) // block_size)
+        wanted = np.minimum(wanted, np.maximum(num_blocks, least))
+    has_room = wanted <= num_blocks - rows[_RESERVED]
+    has_room &= rows[_LEGS] < rows[_MAX_BATCH]
     return slots if has_room.all() else slots[has_room]
