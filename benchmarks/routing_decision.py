@@ -65,7 +65,10 @@ class Cost:
 class Subject:
     """A fleet of prefill and as many decode workers, loaded unevenly, caches as asked."""
 
-    def __init__(self, num_workers: int, block_size: int, num_blocks: int) -> None:
+    def __init__(
+        self, num_workers: int, block_size: int, num_blocks: int, *, is_ragged: bool = False
+    ) -> None:
+        """Ragged: every worker holds another length of the prompt, the worst case for the match."""
         rng = random.Random(0)
         capacity = WorkerCapacity(
             num_blocks=100_000, max_batch_size=256, max_model_len=131_072, kv_bytes_per_block=1
@@ -88,7 +91,10 @@ class Subject:
         packed = pack_token_ids(self.tokens)
         start_s = time.process_time()
         for account in prefill:
-            self.index.stored(account.slot, list(range(1, num_blocks + 1)), None, packed)
+            length = rng.randint(1, num_blocks) if is_ragged else num_blocks
+            self.index.stored(
+                account.slot, list(range(1, length + 1)), None, packed[: length * block_size * 4]
+            )
         self.stored_us_per_block = (time.process_time() - start_s) * 1e6 / (num_blocks * num_workers)
         self.router = Router(
             self.ledger,
@@ -100,15 +106,6 @@ class Subject:
             expectations=Expectations(),
             guard=HotspotGuard(),
         )
-
-    def make_ragged(self) -> None:
-        """Every worker holds another length of the prompt: the worst case for the match."""
-        rng = random.Random(5)
-        packed, size = pack_token_ids(self.tokens), 4 * self.index.hasher.block_size_tokens
-        for account in self.prefill:
-            length = rng.randint(1, len(packed) // size)
-            self.index.clear(account.slot)
-            self.index.stored(account.slot, list(range(1, length + 1)), None, packed[: length * size])
 
     def decide(self, packed: bytes) -> int:
         hits = self.router.known_hits(packed)
@@ -254,7 +251,7 @@ def _cell(
                 p99=spread([cost.p99_us for cost in costs]).median,
             )
     figures.add(f"after_decision_cpu_{num_workers}w_{num_blocks}b", [subject.cost_after(100)], "us")
-    subject.make_ragged()
+    subject = Subject(num_workers, BLOCK, num_blocks, is_ragged=True)
     ragged = [subject.cost(subject.hit, calls, is_list=False).cpu_us for _ in range(repeats)]
     figures.add(f"decision_cpu_{num_workers}w_{num_blocks}b_ragged_packed", ragged, "us")
 

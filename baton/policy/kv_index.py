@@ -41,7 +41,12 @@ BYTES_PER_BLOCK = 270
 (tests/policy/test_kv_index_memory.py). Sets of holders are shared along a chain and add little."""
 
 _FEW_WORKERS = 12
-"""Up to here taking bits out one by one beats unpacking them all."""
+"""Up to here taking bits out one by one beats unpacking the set."""
+_FEW_SETS, _CELLS_PER_WORKER = 8, 128
+"""More sets than this are unpacked all at once, unless the table of bits would be nearly empty."""
+_FEW_BLOCKS = 8
+"""Spans up to here are walked: bisecting them costs as much when one holder drops out in them, and
+far more when many do."""
 _SWEPT_PER_BLOCK = 4
 
 
@@ -278,8 +283,18 @@ class KvIndex:
                 left, left_bits, right, right_bits = spans.pop()
                 if left_bits == right_bits:
                     continue
-                if right - left == 1:
-                    held.append((left_bits & ~right_bits, left))
+                if right - left <= _FEW_BLOCKS:
+                    for found in prompt.between(left, right):
+                        node = get(found)
+                        bits = node.bits & live if node is not None else 0
+                        if bits != left_bits:
+                            held.append((left_bits ^ bits, left))
+                            left_bits = bits
+                        left += 1
+                        if node is not None and bits and left > deepest.depth:
+                            deepest = node
+                    if left_bits != right_bits:
+                        held.append((left_bits ^ right_bits, left))
                     continue
                 middle = (left + right) >> 1
                 node = get(value(middle))
@@ -300,15 +315,31 @@ class KvIndex:
     def blocks_by_slot(self, match: Match, num_slots: int) -> Vector:
         """The match as a column beside the ledger's."""
         blocks: Vector = np.zeros(num_slots, dtype=np.int64)
+        held = match.held
+        if not held:
+            return blocks
         slots = self._slot_of_bit
-        for bits, depth in match.held:
-            if bits.bit_count() <= _FEW_WORKERS:
-                while bits:
-                    lowest = bits & -bits
-                    blocks[slots[lowest.bit_length() - 1]] = depth
-                    bits ^= lowest
-            else:
+        num_bytes = max((len(slots) + 7) // 8, 1)
+        num_workers = sum(bits.bit_count() for bits, _ in held)
+        if len(held) > _FEW_SETS and len(held) * num_bytes * 8 <= _CELLS_PER_WORKER * num_workers:
+            raw = b"".join(bits.to_bytes(num_bytes, "little") for bits, _ in held)
+            cells = np.unpackbits(np.frombuffer(raw, dtype=np.uint8), bitorder="little").nonzero()[0]
+            rows, numbers = np.divmod(cells, num_bytes * 8)
+            blocks[slots[numbers]] = np.array([depth for _, depth in held])[rows]
+            return blocks
+        one_by_one: list[int] = []
+        depths: list[int] = []
+        for bits, depth in held:
+            if bits.bit_count() > _FEW_WORKERS:
                 blocks[slots[_numbers(bits)]] = depth
+                continue
+            while bits:
+                number = bits.bit_length() - 1
+                one_by_one.append(number)
+                depths.append(depth)
+                bits ^= 1 << number
+        if one_by_one:
+            blocks[slots[one_by_one]] = depths
         return blocks
 
     # ── nodes ────────────────────────────────────────────────────────────────────────────────

@@ -124,6 +124,11 @@ class PromptHashes:
         value: int = self._values.item(depth - 1)
         return value
 
+    def between(self, low: int, high: int) -> list[int]:
+        """The prefixes of low + 1 to high - 1 blocks; `high` was asked for before."""
+        values: list[int] = self._values[low : high - 1].tolist()
+        return values
+
     def values(self, depths: npt.NDArray[np.int64]) -> list[int]:
         """Several prefixes at once."""
         if not len(depths):
