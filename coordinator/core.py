@@ -43,8 +43,10 @@ from baton.contract.messages import (
     StepOutputs,
 )
 from baton.contract.tokens import pack_token_ids
-from baton.policy.base import DecodePolicy, PrefillPolicy, RequestFacts, num_blocks_wanted
+from baton.policy.base import Policy, RequestFacts
 from baton.policy.ledger import WorkerAccount
+from baton.policy.room import num_blocks_wanted
+from baton.policy.router import Router
 from coordinator.actions import Action, Deliver, Finish, Send
 from coordinator.admission import check_acceptable
 from coordinator.drain_rate import DrainRate
@@ -76,15 +78,20 @@ class Core:
     def __init__(
         self,
         settings: CoreSettings,
-        prefill_policy: PrefillPolicy,
-        decode_policy: DecodePolicy,
+        prefill_policy: Policy,
+        decode_policy: Policy,
         boot_id: str,
     ) -> None:
         self.fleet = FleetView()
         self.is_draining = False
         self._settings = settings
-        self._prefill_policy = prefill_policy
-        self._decode_policy = decode_policy
+        self._router = Router(
+            self.fleet.ledger,
+            self.fleet.accounts(WorkerRole.PREFILL),
+            self.fleet.accounts(WorkerRole.DECODE),
+            prefill_policy=prefill_policy,
+            decode_policy=decode_policy,
+        )
         self._boot_id = boot_id
         self._num_handoffs = 0
         self._queue: deque[Request] = deque()
@@ -172,16 +179,20 @@ class Core:
         self.fleet.mark_leaving(worker)
 
     def heartbeat(self, worker: Worker, message: Heartbeat, now_s: float) -> None:
-        worker.account.load = message.load
+        worker.account.observe(message.load)
         worker.hear_clock(message.sent_s, now_s)
 
     def prefill_finished(self, worker: Worker, message: PrefillFinished, now_s: float) -> list[Action]:
-        worker.account.load = message.load
+        worker.account.observe(message.load)
         delta = message.delta
         request = self._leg(delta.handoff_id, worker, RequestState.PREFILLING)
         if request is None:
             # Nobody will fetch this KV: let the worker free it now instead of at the lease's end.
             return [Send(worker.worker_id, AbortLeg(handoff_id=delta.handoff_id))]
+        if delta.num_cached_tokens is not None:
+            worker.account.correct(
+                delta.handoff_id, num_uncached_tokens=request.num_prompt_tokens - delta.num_cached_tokens
+            )
         worker.account.prefill_done(delta.handoff_id)
         request.prefill_finished_s = now_s
         request.num_cached_tokens = delta.num_cached_tokens or 0
@@ -218,7 +229,7 @@ class Core:
 
     def step(self, worker: Worker, message: StepOutputs, now_s: float) -> list[Action]:
         """The hot path: one call per engine step of a decode worker."""
-        worker.account.load = message.load
+        worker.account.observe(message.load)
         actions: list[Action] = []
         is_room_freed = False
         legs = self._legs
@@ -312,18 +323,17 @@ class Core:
             num_prompt_tokens=request.num_prompt_tokens,
             num_expected_output_tokens=min(sampling.max_tokens, self._settings.expected_output_tokens),
         )
-        prefill: WorkerAccount | None = None
-        if request.prompt_token_ids is None:
-            accounts = self.fleet.accounts(WorkerRole.PREFILL)
-            # What a worker cannot start on yet stays here, where it can still go elsewhere.
-            accounts = [a for a in accounts if a.has_prefill_room(facts.num_prompt_tokens)]
-            prefill = self._prefill_policy.choose(facts, accounts)
-            if prefill is None:
-                return None
+        # Decode first: whoever is asked for prefill remembers the answer.
         decode: WorkerAccount | None = None
         if request.needs_decode:
-            decode = self._decode_policy.choose(facts, self.fleet.accounts(WorkerRole.DECODE))
+            decode = self._router.place_decode(facts, now_s)
             if decode is None:
+                return None
+        prefill: WorkerAccount | None = None
+        if request.prompt_token_ids is None:
+            # What a worker cannot start on yet stays here, where it can still go elsewhere.
+            prefill = self._router.place_prefill(facts, now_s)
+            if prefill is None:
                 return None
         self._open_attempt(request, facts, prefill, decode)
         if prefill is None:  # the prompt was computed before, its KV is lost: compute it on decode
@@ -359,11 +369,15 @@ class Core:
                 request.handoff_id,
                 num_queued_tokens=num_tokens,
                 num_blocks=prefill.num_blocks_for(num_tokens),
+                num_kv_tokens=num_tokens,
             )
         if decode is not None:
             request.decode_worker = request.last_decode_worker = decode.worker_id
             decode.commit(
-                request.handoff_id, num_queued_tokens=0, num_blocks=num_blocks_wanted(facts, decode)
+                request.handoff_id,
+                num_queued_tokens=0,
+                num_blocks=num_blocks_wanted(facts, decode),
+                num_kv_tokens=facts.num_prompt_tokens,
             )
         request.update_placement()
 

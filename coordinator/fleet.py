@@ -13,7 +13,7 @@ from baton.contract.codec import PROTOCOL_VERSION
 from baton.contract.errors import ProtocolMismatch, RegistrationRefused, WorkerIdTaken
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import KvLayout, RegisterWorker
-from baton.policy.ledger import WorkerAccount
+from baton.policy.ledger import Ledger, Pool, WorkerAccount
 
 
 class Worker:
@@ -21,17 +21,14 @@ class Worker:
 
     __slots__ = ("_clock_ahead_s", "account", "is_leaving", "last_heard_s", "peer", "registration")
 
-    def __init__(self, registration: RegisterWorker, peer: bytes, now_s: float) -> None:
+    def __init__(
+        self, registration: RegisterWorker, peer: bytes, account: WorkerAccount, now_s: float
+    ) -> None:
         self.registration = registration
         self.peer = peer
         self.last_heard_s = now_s
         self.is_leaving = False
-        self.account = WorkerAccount(
-            registration.worker_id,
-            registration.capacity,
-            registration.layout.block_size_tokens,
-            registration.prefill_window_tokens,
-        )
+        self.account = account
         self._clock_ahead_s: float | None = None
         self.hear_clock(registration.sent_s, now_s)
 
@@ -59,7 +56,8 @@ class FleetView:
     def __init__(self) -> None:
         self._by_id: dict[str, Worker] = {}
         self._by_peer: dict[bytes, Worker] = {}
-        self._accounts: dict[WorkerRole, list[WorkerAccount]] = {role: [] for role in WorkerRole}
+        self.ledger = Ledger()
+        self._accounts: dict[WorkerRole, Pool] = {role: Pool() for role in WorkerRole}
         self.layout: KvLayout | None = None
         """What all registered workers agree on; None while there is none."""
         # Asked for every request, changed by every few thousand: kept instead of computed.
@@ -80,7 +78,7 @@ class FleetView:
     def at(self, peer: bytes) -> Worker | None:
         return self._by_peer.get(peer)
 
-    def accounts(self, role: WorkerRole) -> list[WorkerAccount]:
+    def accounts(self, role: WorkerRole) -> Pool:
         """Accounts of the workers of a role that take new legs."""
         return self._accounts[role]
 
@@ -132,10 +130,16 @@ class FleetView:
     def add(self, registration: RegisterWorker, peer: bytes, now_s: float) -> Worker:
         """Call after `check`; a worker that registers again starts with an empty account."""
         self.remove(registration.worker_id)
-        worker = Worker(registration, peer, now_s)
+        account = self.ledger.open(
+            registration.worker_id,
+            registration.capacity,
+            registration.layout.block_size_tokens,
+            registration.prefill_window_tokens,
+        )
+        worker = Worker(registration, peer, account, now_s)
         self._by_id[worker.worker_id] = worker
         self._by_peer[peer] = worker
-        self._accounts[worker.role].append(worker.account)
+        self._accounts[worker.role].add(worker.account)
         self.layout = registration.layout
         self._changed()
         return worker
@@ -154,6 +158,7 @@ class FleetView:
         self._by_peer.pop(worker.peer, None)
         if not worker.is_leaving:
             self._accounts[worker.role].remove(worker.account)
+        self.ledger.close(worker.account)
         if not self._by_id:
             self.layout = None
         self._changed()

@@ -21,8 +21,7 @@ import uvloop
 from baton.clock import SystemClock
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import RegisterWorker
-from baton.policy.fewest_queued_tokens import FewestQueuedTokens
-from baton.policy.smallest_batch import SmallestBatch
+from baton.policy import registry
 from baton.process_guard import ProcessIdentity, die_with
 from baton.settings import resolved
 from baton.telemetry import configure_logging, event
@@ -57,7 +56,12 @@ def run_coordinator(settings: CoordinatorSettings) -> int:
 
 async def _live(settings: CoordinatorSettings) -> int:
     boot_id = secrets.token_hex(8)
-    core = Core(_core_settings(settings), FewestQueuedTokens(), SmallestBatch(), boot_id[:4])
+    core = Core(
+        _core_settings(settings),
+        registry.by_name(registry.DEFAULT_PREFILL),
+        registry.by_name(registry.DEFAULT_DECODE),
+        boot_id[:4],
+    )
     coordinator = Coordinator(
         core,
         SystemClock(),

@@ -27,8 +27,7 @@ from baton.contract.messages import (
 )
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
-from baton.policy.fewest_queued_tokens import FewestQueuedTokens
-from baton.policy.smallest_batch import SmallestBatch
+from baton.policy import registry
 from coordinator.actions import Action, Deliver, Finish, Send
 from coordinator.core import Core, CoreSettings
 from coordinator.intake import Submission
@@ -80,7 +79,12 @@ class Bench:
     """Carries out the core's actions: messages land in `sent`, results in sinks."""
 
     def __init__(self, **settings: Any) -> None:
-        self.core = Core(CoreSettings(**settings), FewestQueuedTokens(), SmallestBatch(), "b")
+        self.core = Core(
+            CoreSettings(**settings),
+            registry.by_name(registry.DEFAULT_PREFILL),
+            registry.by_name(registry.DEFAULT_DECODE),
+            "b",
+        )
         self.now_s = 0.0
         self.sent: list[tuple[str, Message]] = []
         self.sinks: dict[str, RecordingSink] = {}

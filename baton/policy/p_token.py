@@ -1,0 +1,24 @@
+"""P-token alone: the worker with the fewest uncached tokens to compute, this prompt's included.
+
+What the LMetric paper advises for pure prefill pools (section 7), and "least-wait-token" in its
+code. Optimises time to first token: on a first come, first served worker the score is its queue.
+
+Reads hits, queued tokens, legs (ties). Does badly on colocated workers: it has no term for decode,
+and piles running requests onto the owner of a popular prefix.
+"""
+
+from __future__ import annotations
+
+from baton.policy.base import Candidates, Key, Memoryless
+from baton.policy.ledger import WorkerAccount
+
+
+class PToken(Memoryless):
+    name = "p-token"
+
+    def rank(self, candidates: Candidates) -> tuple[Key, ...]:
+        return candidates.p_tokens, candidates.num_legs
+
+    def rank_one(self, account: WorkerAccount) -> tuple[int, ...]:
+        """Without hits this prompt costs the same everywhere."""
+        return account.num_queued_tokens, account.num_legs

@@ -1,0 +1,200 @@
+"""Both choices for one request, from its tokens: hash, match, score, guard; then room and batch.
+
+Owns no accounts and sends nothing. The caller commits what it decides (`Ledger`), tells the router
+(`committed`) once the request is on its way, and again when a leg's prefill ends (`prefill_done`),
+so that everything not needed to decide happens after the request has left.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from baton.policy.base import Candidates, Choice, Policy, RanksOne, RequestFacts, choose
+from baton.policy.expectations import Expectations
+from baton.policy.hotspot import HotspotGuard, without_holders
+from baton.policy.kv_index import KvIndex
+from baton.policy.ledger import Ledger, Pool, Vector, WorkerAccount
+from baton.policy.prefix_hash import PromptHashes
+from baton.policy.room import has_room, slots_with_prefill_room, slots_with_room
+
+FEW = 16
+"""Workers of a phase up to which they are ranked one by one, where the policy can."""
+
+
+@dataclass(slots=True)
+class KnownHits:
+    """What the fleet holds of one prompt, as hit tokens per ledger slot."""
+
+    prompt: PromptHashes
+    tokens_by_slot: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChoice:
+    choice: Choice
+    unguarded: Choice
+    """What the score alone says; the same object unless the guard took its favourites out."""
+
+    @property
+    def is_diverted(self) -> bool:
+        return self.choice is not self.unguarded
+
+
+class Router:
+    def __init__(
+        self,
+        ledger: Ledger,
+        prefill_pool: Pool,
+        decode_pool: Pool,
+        *,
+        prefill_policy: Policy,
+        decode_policy: Policy,
+        index: KvIndex | None = None,
+        expectations: Expectations | None = None,
+        guard: HotspotGuard | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Without an index no hits are predicted. The same seed and the same calls give the same
+        choices."""
+        self._ledger = ledger
+        self._prefill_pool = prefill_pool
+        self._decode_pool = decode_pool
+        self._prefill_policy = prefill_policy
+        self._decode_policy = decode_policy
+        self._index = index
+        self._expectations = expectations
+        self._guard = guard
+        self._draw = random.Random(seed).getrandbits
+        self._ranks_prefill = prefill_policy if isinstance(prefill_policy, RanksOne) else None
+        self._ranks_decode = decode_policy if isinstance(decode_policy, RanksOne) else None
+
+    def known_hits(self, packed: bytes, namespace: str = "") -> KnownHits | None:
+        """One match for all workers of both roles; None without an index. Good until the next event:
+        ask again for each attempt, the hashes are kept with `prompt`."""
+        return None if self._index is None else self._hits(self._index.prompt(packed, namespace), self._index)
+
+    def refreshed(self, hits: KnownHits) -> KnownHits:
+        """The same prompt against the index of now, without hashing again."""
+        assert self._index is not None
+        return self._hits(hits.prompt, self._index)
+
+    def _hits(self, prompt: PromptHashes, index: KvIndex) -> KnownHits:
+        blocks = index.blocks_by_slot(index.match(prompt), self._ledger.num_slots)
+        if self._expectations is not None:
+            for slot, depth in self._expectations.match(prompt):
+                if depth > blocks[slot]:
+                    blocks[slot] = depth
+        blocks *= index.hasher.block_size_tokens
+        return KnownHits(prompt, blocks)
+
+    def choose_prefill(
+        self, facts: RequestFacts, hits: KnownHits | None, now_s: float
+    ) -> PrefillChoice | None:
+        """None: the pool is empty, or this prompt fits nobody's window."""
+        slots = slots_with_prefill_room(facts, self._ledger, self._prefill_pool)
+        candidates = self._candidates(facts, slots, hits, now_s)
+        choice = choose(self._prefill_policy, candidates)
+        if choice is None:
+            return None
+        if self._guard is not None and self._guard.is_acting and hits is not None and len(slots) > 1:
+            diverted = self._divert(facts, hits, candidates)
+            if diverted is not None:
+                return PrefillChoice(diverted, choice)
+        return PrefillChoice(choice, choice)
+
+    def _divert(self, facts: RequestFacts, hits: KnownHits, candidates: Candidates) -> Choice | None:
+        assert self._guard is not None and self._index is not None
+        block_size = self._index.hasher.block_size_tokens
+        depth = self._guard.excludes(hits.prompt, candidates, block_size)
+        if depth is None:
+            return None
+        others = without_holders(candidates, depth * block_size)
+        if not len(others):
+            return None
+        return choose(
+            self._prefill_policy,
+            self._candidates(facts, candidates.slots[others], hits, candidates.now_s, candidates.draw),
+        )
+
+    def choose_decode(self, facts: RequestFacts, hits: KnownHits | None, now_s: float) -> Choice | None:
+        """None: nobody has room."""
+        slots = slots_with_room(facts, self._ledger, self._decode_pool.slots)
+        return choose(self._decode_policy, self._candidates(facts, slots, hits, now_s))
+
+    def _candidates(
+        self,
+        facts: RequestFacts,
+        slots: Vector,
+        hits: KnownHits | None,
+        now_s: float,
+        draw: int | None = None,
+    ) -> Candidates:
+        hit_tokens = None if hits is None else hits.tokens_by_slot.take(slots)
+        draw = self._draw(48) if draw is None else draw
+        return Candidates(facts, self._ledger, slots, hit_tokens=hit_tokens, draw=draw, now_s=now_s)
+
+    # ── without hits, few workers ────────────────────────────────────────────────────────────
+
+    def place_prefill(self, facts: RequestFacts, now_s: float) -> WorkerAccount | None:
+        """As `choose_prefill` and `committed` where nothing is known of hits, and without a record.
+        Whoever gets an answer uses it: the policy remembers it already."""
+        if self._ranks_prefill is not None and len(self._prefill_pool) <= FEW:
+            num_tokens = facts.num_prompt_tokens
+            return self._best(
+                self._ranks_prefill, [a for a in self._prefill_pool if a.has_prefill_room(num_tokens)]
+            )
+        choice = self.choose_prefill(facts, None, now_s)
+        if choice is None:
+            return None
+        self._prefill_policy.committed(choice.choice.candidates, choice.choice.position)
+        return choice.choice.account
+
+    def place_decode(self, facts: RequestFacts, now_s: float) -> WorkerAccount | None:
+        """As `choose_decode` where nothing is known of hits, and without a record."""
+        if self._ranks_decode is not None and len(self._decode_pool) <= FEW:
+            return self._best(self._ranks_decode, [a for a in self._decode_pool if has_room(facts, a)])
+        choice = self.choose_decode(facts, None, now_s)
+        return None if choice is None else choice.account
+
+    def _best(self, policy: RanksOne, accounts: list[WorkerAccount]) -> WorkerAccount | None:
+        if len(accounts) <= 1:
+            return accounts[0] if accounts else None
+        keys = [policy.rank_one(account) for account in accounts]
+        best = min(keys)
+        if keys.count(best) == 1:
+            return accounts[keys.index(best)]
+        tied = [account for account, key in zip(accounts, keys, strict=True) if key == best]
+        return tied[self._draw(48) % len(tied)]
+
+    # ── after the decision ───────────────────────────────────────────────────────────────────
+
+    def committed(self, handoff_id: str, prefill: PrefillChoice, hits: KnownHits | None) -> None:
+        """The request is on its way: what the next decisions should know of it."""
+        choice = prefill.choice
+        self._prefill_policy.committed(choice.candidates, choice.position)
+        if hits is None:
+            return
+        if self._guard is not None and self._index is not None:
+            unguarded = prefill.unguarded
+            self._guard.observe(
+                hits.prompt, unguarded.candidates, unguarded.position, self._index.hasher.block_size_tokens
+            )
+        if self._expectations is not None:
+            self._expectations.expect(handoff_id, choice.slot, hits.prompt, choice.candidates.now_s)
+
+    def leg_ended(self, handoff_id: str) -> None:
+        """The prompt is computed and its events are in, or the leg is over without it."""
+        if self._expectations is not None:
+            self._expectations.settle(handoff_id)
+
+    def worker_left(self, slot: int) -> None:
+        if self._expectations is not None:
+            self._expectations.forget(slot)
+
+
+def best_hit_tokens(hits: KnownHits) -> int:
+    """Of the fleet: the ceiling of what routing could have saved for this prompt."""
+    return int(np.max(hits.tokens_by_slot, initial=0))
