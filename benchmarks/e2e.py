@@ -7,7 +7,7 @@
                       is left is the coordinator's part. Printed beside, one round
     vllm-router P/D, stock   the same with vLLM's own connector as a user would start it, NIXL's progress
                       thread spinning: what the settings are worth. Printed beside, one round
-    colocated vllm    one vLLM API server, no connector: what two cores do best. One round
+    colocated vllm    one vLLM API server, no connector: printed beside. One round
 
 Engines of several fleets would share two cores, so fleets are never up together: each round starts
 one, warms it up, measures it and stops it, then the next (A B C, A B C, ...). CPU is that of all
@@ -257,8 +257,8 @@ def run(plan: Plan, *, rounds: int | None, has_baton: bool, rows: Sequence[str] 
             )
     _figures(report, found, list(plan.requests))
     report.remarks.append(
-        "On two cores the colocated server wins: a second engine only takes the first one's cores. "
-        "Nothing here can show disaggregation paying off; it shows what the serving layer costs."
+        "The colocated server computes in one thread, a 1P1D fleet in two: compare it by CPU per request, "
+        "where it wins. This shows what the serving layer costs, not what disaggregation is worth."
     )
     return report
 
