@@ -1,13 +1,17 @@
 """A vLLM API server with exactly the engine settings a Baton worker would use.
 
     python -m benchmarks.vllm_server --role prefill|decode|colocated --model PATH --port N
-        --side-channel-port N --max-batch-size N --max-num-batched-tokens N [--stock-connector]
+        --side-channel-port N --max-batch-size N --max-num-batched-tokens N
+        [--connector settings|ours|stock]
 
 The settings come from the product's own functions, so "same settings" cannot drift apart:
-executor, threads, block size, KV memory and, for prefill and decode, the same connector with NIXL's
-progress thread off. A request that carries none of Baton's keys is treated by that connector as
-vLLM's own treats it. `--stock-connector` takes vLLM's own instead, progress thread spinning, which
-is what a user of vLLM gets. `colocated` has no connector.
+executor, threads, block size, KV memory. `colocated` has no connector; the others have one of
+
+    settings  the same executor, threads and progress thread (off), which vLLM can only be given
+              through our connector module; everything else as vLLM's own connector does it
+    ours      all that Baton's connector does for an engine: it also stays on its cores and rests
+              while it waits
+    stock     vLLM's own connector, progress thread spinning: what a user of vLLM gets
 
 vLLM's `serve` command asks for the version of a distribution called `vllm`, which the CPU build
 does not have, so the server's entry point is called directly. Its access log is off.
@@ -30,10 +34,28 @@ from baton.engine.vllm_settings import (
 
 COLOCATED = "colocated"
 
+NOT_SETTINGS = ("is_affinity_kept", "is_idle_pace_enabled")
+"""Keys of our connector that change what vLLM does, rather than choose what it offers."""
+
 
 def stock_transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
     ours = transfer_arguments(settings)
     return {"kv_connector": "NixlConnector", "kv_role": ours["kv_role"]}
+
+
+def same_settings_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
+    ours = transfer_arguments(settings)
+    extra = {
+        key: value for key, value in ours["kv_connector_extra_config"].items() if key not in NOT_SETTINGS
+    }
+    return ours | {"kv_connector_extra_config": extra}
+
+
+CONNECTORS = {
+    "settings": same_settings_arguments,
+    "ours": transfer_arguments,
+    "stock": stock_transfer_arguments,
+}
 
 
 def server_argv(settings: VllmEngineSettings, port: int, transfer: dict[str, Any] | None) -> list[str]:
@@ -60,7 +82,7 @@ def main() -> None:
     parser.add_argument("--side-channel-port", type=int, required=True)
     parser.add_argument("--max-batch-size", type=int, required=True)
     parser.add_argument("--max-num-batched-tokens", type=int, required=True)
-    parser.add_argument("--stock-connector", action="store_true")
+    parser.add_argument("--connector", choices=list(CONNECTORS), default="settings")
     options = parser.parse_args()
     is_colocated = options.role == COLOCATED
     settings = VllmEngineSettings(
@@ -71,11 +93,7 @@ def main() -> None:
         max_num_batched_tokens=options.max_num_batched_tokens,
     )
     set_environment(settings, options.side_channel_port)
-    transfer = None
-    if not is_colocated:
-        transfer = (
-            stock_transfer_arguments(settings) if options.stock_connector else transfer_arguments(settings)
-        )
+    transfer = None if is_colocated else CONNECTORS[options.connector](settings)
     sys.argv[1:] = server_argv(settings, options.port, transfer)
     from vllm.entrypoints.launchers.api_server.entry import main as serve
 

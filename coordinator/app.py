@@ -255,7 +255,8 @@ def _worker_snapshot(worker: Worker, now_s: float) -> dict[str, object]:
     return {
         "worker_id": worker.worker_id,
         "role": worker.role.value,
-        "boot_id": registration.boot_id,
+        # Enough to see a restart; who knows the whole of it may take the worker's place.
+        "boot_id": registration.boot_id[:6],
         "host": registration.host,
         "pid": registration.pid,
         "is_leaving": worker.is_leaving,

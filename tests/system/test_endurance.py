@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tests.system.cases import random_prompt
 from tests.system.fleet import Answer, Fleet
 
-NUM_IN_A_ROW = 400
+NUM_IN_A_ROW = 500
 NUM_AT_ONCE = 64
 STALL_S = 10.0
 """Far above what an idle or a busy test machine needs for one short request, far below the lease."""

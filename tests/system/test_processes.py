@@ -63,7 +63,9 @@ def test_a_second_worker_joins_serves_and_leaves(simulated_fleet: Fleet, role: s
     2. it is asked to leave while it serves: every request ends well, and it exits 0
     """
     fleet, name = simulated_fleet, f"{role}-2"
-    worker = fleet.start_worker(role, name, *SIMULATED_WORKER)
+    # Slow enough to be seen at work: on a quiet machine a prompt takes it a millisecond otherwise.
+    slow = ("--simulated-prefill-tokens-per-s", "400") if role == "prefill" else ()
+    worker = fleet.start_worker(role, name, *SIMULATED_WORKER, *slow)
     wait_for("readiness", lambda: " worker ready " in worker.log_text(), 60.0)
     header = f"x-baton-{role}-worker"
 
