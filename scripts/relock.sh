@@ -13,9 +13,9 @@ TORCH_CPU=https://download.pytorch.org/whl/cpu
 # interegular look alike but are imported by every request with structured output.)
 UNUSED=(agent-detector anthropic astor detect-installer fastapi-cli fastapi-cloud-cli fastar pycountry
   rignore sentry-sdk supervisor)
-# On CPU also: numba (speculative n-grams only) and the wheels that PyPI has for CUDA torch alone;
+# On CPU also the wheels that PyPI has for CUDA torch alone;
 # torchvision's would break the import of transformers.
-UNUSED_ON_CPU=(llvmlite numba nixl-cu12 torchaudio torchcodec torchvision)
+UNUSED_ON_CPU=(nixl-cu12 torchaudio torchcodec torchvision)
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

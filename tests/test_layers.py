@@ -21,12 +21,14 @@ LAYERS: list[list[str]] = [
         "baton.process_guard",
         "baton.ports",
         "baton.devices",
+        "baton.step_time",
     ],
-    ["baton.telemetry", "baton.demo_model", "baton.processes"],
-    ["baton.wire", "baton.transfer", "baton.policy"],
-    ["baton.engine", "baton.client"],
+    ["baton.telemetry", "baton.demo_model", "baton.processes", "baton.workload"],
+    ["baton.wire", "baton.transfer", "baton.policy", "baton.scheduling"],
+    ["baton.simulation"],
+    ["baton.engine", "baton.client", "baton.replay"],
     ["baton.worker"],
-    ["coordinator", "prefill_worker", "decode_worker"],
+    ["coordinator", "prefill_worker", "decode_worker", "placement"],
     ["baton.launch_plan", "baton.self_test", "baton.submit"],
     ["baton.launcher", "baton.doctor"],
     ["baton.cli"],
@@ -39,19 +41,33 @@ ONLY_IN = {
     "zmq": ("baton.wire",),
 }
 
-PURE = ("baton.contract", "baton.policy", "baton.clock", "baton.settings", "baton.process_guard")
+PURE = (
+    "baton.contract",
+    "baton.policy",
+    "baton.scheduling",
+    "baton.simulation",
+    "baton.replay",
+    "baton.step_time",
+    "baton.workload",
+    "baton.clock",
+    "baton.settings",
+    "baton.process_guard",
+    "placement",
+)
 HEAVY = ("torch", "vllm", "nixl", "zmq", "transformers")
 
 NEVER = [
     ("coordinator", "baton.engine"),
     ("coordinator", "baton.transfer"),
     ("coordinator", "baton.worker"),
+    ("placement", "baton.engine"),
+    ("placement", "baton.transfer"),
     # The launcher starts roles as processes; only the command line imports them.
     *[(entry, role) for entry in ("baton.launcher", "baton.launch_plan", "baton.doctor", "baton.submit")
-      for role in ("coordinator", "prefill_worker", "decode_worker")],
+      for role in ("coordinator", "prefill_worker", "decode_worker", "placement")],
 ]  # fmt: skip
 
-PACKAGES = ("baton", "coordinator", "prefill_worker", "decode_worker")
+PACKAGES = ("baton", "coordinator", "prefill_worker", "decode_worker", "placement")
 
 
 def modules() -> dict[str, Path]:

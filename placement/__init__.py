@@ -1,0 +1,1 @@
+"""The offline planner: which parallelism and how many workers for each phase. No GPU, no engine."""
