@@ -3,7 +3,7 @@ the doors turn `n` and prompt batches into several requests."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -50,43 +50,62 @@ class SamplingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 MAX_STOP_STRINGS = 16
+"""Each stop string is searched for at each token."""
 MAX_LOGPROBS = 20
+"""vLLM's own default bound."""
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0.0, 100.0),
-    "min_p": (0.0, 1.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "logprobs": (0, MAX_LOGPROBS),
-    "prompt_logprobs": (0, MAX_LOGPROBS),
-    "seed": (-(2**63), 2**63 - 1),
+INT32_MAX = 2**31 - 1
+
+
+class Range(NamedTuple):
+    low: float
+    high: float
+    is_low_excluded: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        # NaN fails both comparisons.
+        assert isinstance(value, int | float)
+        return self.low <= value <= self.high and not (self.is_low_excluded and value == self.low)
+
+    def __str__(self) -> str:
+        if self.is_low_excluded:
+            return f"more than {self.low} and at most {self.high}"
+        return f"{self.low} to {self.high}"
+
+
+RANGES: dict[str, Range] = {
+    "temperature": Range(0, 100),
+    "top_p": Range(0, 1, is_low_excluded=True),
+    "top_k": Range(-1, INT32_MAX),
+    "min_p": Range(0, 1),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "repetition_penalty": Range(0, 100, is_low_excluded=True),
+    "logprobs": Range(0, MAX_LOGPROBS),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS),
+    "seed": Range(-(2**63), 2**63 - 1),
 }
-"""Inclusive, as vLLM checks them; the engine refuses what is outside, only later."""
+"""As vLLM checks them; the engine refuses what is outside, only later."""
+
+
+def check_range(name: str, value: float, accepted: Range | None = None) -> None:
+    """Raises InvalidRequest naming the field, its value and what is accepted."""
+    accepted = RANGES[name] if accepted is None else accepted
+    if value not in accepted:
+        raise _refused(name, value, str(accepted))
 
 
 def check_sampling(spec: SamplingSpec) -> None:
-    """Raises InvalidRequest naming the field, its value and what is accepted. The upper end of
-    max_tokens depends on prompt and fleet and is checked where both are known."""
-    for name, (low, high) in _RANGES.items():
+    """Raises InvalidRequest as `check_range`. The upper end of max_tokens depends on prompt and fleet
+    and is checked where both are known."""
+    for name in RANGES:
         value = getattr(spec, name)
-        if value is not None and not low <= value <= high:
-            raise _refused(name, value, f"{low:g} to {high:g}")
-    if not 0.0 < spec.top_p <= 1.0:
-        raise _refused("top_p", spec.top_p, "more than 0 and at most 1")
-    if spec.top_k < -1:
-        raise _refused("top_k", spec.top_k, "-1 or 0 (off), or a positive number")
-    if not 0.0 < spec.repetition_penalty <= 100.0:
-        raise _refused("repetition_penalty", spec.repetition_penalty, "more than 0 and at most 100")
+        if value is not None:
+            check_range(name, value)
     if spec.max_tokens < 1:
         raise _refused("max_tokens", spec.max_tokens, "at least 1")
-    if not 0 <= spec.min_tokens <= spec.max_tokens:
-        raise _refused("min_tokens", spec.min_tokens, f"0 to max_tokens ({spec.max_tokens})")
-    if len(spec.stop) > MAX_STOP_STRINGS:
-        raise InvalidRequest(
-            f"stop has {len(spec.stop)} strings, at most {MAX_STOP_STRINGS} are accepted", param="stop"
-        )
-    if not all(spec.stop):
-        raise InvalidRequest("stop holds an empty string", param="stop")
+    check_min_tokens(spec.min_tokens, spec.max_tokens)
+    check_stop_strings(spec.stop)
     if spec.logit_bias is not None:
         for token_id, bias in spec.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
@@ -99,6 +118,20 @@ def check_sampling(spec: SamplingSpec) -> None:
                 f"structured_output sets {len(fields)} constraints ({', '.join(fields)}), expected one",
                 param="structured_output",
             )
+
+
+def check_min_tokens(min_tokens: int, max_tokens: int) -> None:
+    if not 0 <= min_tokens <= max_tokens:
+        raise _refused("min_tokens", min_tokens, f"0 to max_tokens ({max_tokens})")
+
+
+def check_stop_strings(stop: list[str]) -> None:
+    if len(stop) > MAX_STOP_STRINGS:
+        raise InvalidRequest(
+            f"stop has {len(stop)} strings, at most {MAX_STOP_STRINGS} are accepted", param="stop"
+        )
+    if not all(stop):
+        raise InvalidRequest("stop holds an empty string", param="stop")
 
 
 def _refused(name: str, value: object, accepted: str) -> InvalidRequest:

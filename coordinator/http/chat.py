@@ -138,7 +138,7 @@ def _begin(
     spec = sampling_spec(
         body, max_tokens=output_budget(asked, num_token_ids(prompt.token_ids), limits, name),
         logprobs=num_logprobs, prompt_logprobs=body.prompt_logprobs,
-        structured_output=constraint, limits=limits, settings=door.settings,
+        structured_output=constraint, limits=limits,
     )  # fmt: skip
     options = body.stream_options
     style = AnswerStyle(

@@ -155,7 +155,7 @@ def _begin(
             max_tokens = min(DEFAULT_MAX_TOKENS, max_tokens)
         spec = sampling_spec(
             body, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs,
-            structured_output=constraint, limits=limits, settings=door.settings,
+            structured_output=constraint, limits=limits,
         )  # fmt: skip
         specs.append(spec)
     options = body.stream_options

@@ -38,7 +38,3 @@ class HttpSettings:
 
     max_sequences: int = 256
     """Prompts x n of one HTTP request."""
-    max_stops: int = 16
-    """Each stop string is searched for at each token."""
-    max_logprobs: int = 20
-    """vLLM's own default bound."""

@@ -5,23 +5,28 @@ prefill is paid. Ranges are vLLM's; messages give the numbers.
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import msgspec
 
 from baton.contract.errors import InvalidRequest, PromptTooLong, UnsupportedFeature
-from baton.contract.sampling import SamplingSpec, StructuredOutput
+from baton.contract.sampling import (
+    INT32_MAX,
+    RANGES,
+    Range,
+    SamplingSpec,
+    StructuredOutput,
+    check_min_tokens,
+    check_range,
+    check_stop_strings,
+)
 from coordinator.http.limits import HttpSettings
 from coordinator.http.openai_schema import GenerationBody, ResponseFormat, StructuredOutputs
 
-_INT32_MAX = 2**31 - 1
+_TEMPERATURE = Range(0, 2)
+"""OpenAI's; vLLM itself goes higher."""
 
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("temperature", 0, 2), ("top_p", 0, 1), ("top_k", -1, _INT32_MAX), ("min_p", 0, 1),
-    ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
-    ("repetition_penalty", 0, math.inf), ("min_tokens", 0, _INT32_MAX), ("seed", -(2**63), 2**63 - 1),
-)  # fmt: skip
+_RANGED = tuple(name for name in RANGES if name not in ("logprobs", "prompt_logprobs"))
 """Only what a client gave is looked at: most requests give two or three of these."""
 
 _UNSUPPORTED = (
@@ -81,27 +86,20 @@ def output_budget(asked: int | None, num_prompt_tokens: int, limits: TokenLimits
 
 def sampling_spec(
     body: GenerationBody, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None,
-    structured_output: StructuredOutput | None, limits: TokenLimits, settings: HttpSettings,
+    structured_output: StructuredOutput | None, limits: TokenLimits,
 ) -> SamplingSpec:  # fmt: skip
     """Raises InvalidRequest naming the field."""
     given: dict[str, Any] = {}
-    for name, low, high in _RANGES:
+    for name in _RANGED:
         value = getattr(body, name)
         if value is not None:
-            # NaN would fail both comparisons; JSON has no infinity.
-            if not low <= value <= high:
-                raise InvalidRequest(f"{name} is {value}, it must lie in [{low}, {high}]", param=name)
+            check_range(name, value, _TEMPERATURE if name == "temperature" else None)
             given[name] = value
-    for name in ("top_p", "repetition_penalty"):
-        if given.get(name) == 0.0:
-            raise InvalidRequest(f"{name} is 0, it must be greater", param=name)
-    if body.min_tokens is not None and body.min_tokens > max_tokens:
-        raise InvalidRequest(
-            f"min_tokens is {body.min_tokens}, it must lie in [0, max_tokens={max_tokens}]",
-            param="min_tokens",
-        )
+    if body.min_tokens is not None:
+        check_min_tokens(body.min_tokens, max_tokens)
+        given["min_tokens"] = body.min_tokens
     if body.stop is not None:
-        given["stop"] = _stops(body.stop, settings)
+        given["stop"] = _stops(body.stop)
     if body.stop_token_ids:
         given["stop_token_ids"] = _token_ids("stop_token_ids", body.stop_token_ids, limits)
     if body.logit_bias:
@@ -114,8 +112,8 @@ def sampling_spec(
         max_tokens=max_tokens,
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         ignore_eos=bool(body.ignore_eos),
-        logprobs=_num_logprobs("logprobs", logprobs, settings),
-        prompt_logprobs=_num_logprobs("prompt_logprobs", prompt_logprobs, settings),
+        logprobs=_num_logprobs("logprobs", logprobs),
+        prompt_logprobs=_num_logprobs("prompt_logprobs", prompt_logprobs),
         skip_special_tokens=body.skip_special_tokens is not False,
         spaces_between_special_tokens=body.spaces_between_special_tokens is not False,
         structured_output=structured_output,
@@ -200,21 +198,14 @@ def _check_constraint(name: str, value: object) -> None:
             raise InvalidRequest(f"structured_outputs.{name} is no JSON object", param="structured_outputs")
 
 
-def _stops(stop: str | list[str], settings: HttpSettings) -> list[str]:
-    if stop == "":
-        raise InvalidRequest("stop is an empty string", param="stop")
+def _stops(stop: str | list[str]) -> list[str]:
     stops = [stop] if isinstance(stop, str) else stop
-    if len(stops) > settings.max_stops:
-        raise InvalidRequest(
-            f"stop has {len(stops)} strings, {settings.max_stops} may be given", param="stop"
-        )
-    if not all(stops):
-        raise InvalidRequest("stop holds an empty string", param="stop")
+    check_stop_strings(stops)
     return stops
 
 
 def _token_ids(name: str, ids: list[int], limits: TokenLimits) -> list[int]:
-    top = _INT32_MAX if limits.max_token_id is None else limits.max_token_id
+    top = INT32_MAX if limits.max_token_id is None else limits.max_token_id
     for token_id in ids:
         if not 0 <= token_id <= top:
             raise InvalidRequest(f"{name} holds {token_id}, ids go from 0 to {top}", param=name)
@@ -227,9 +218,9 @@ def _allowed(ids: list[int], limits: TokenLimits) -> list[int]:
     return _token_ids("allowed_token_ids", ids, limits)
 
 
-def _num_logprobs(name: str, value: int | None, settings: HttpSettings) -> int | None:
-    if value is not None and not 0 <= value <= settings.max_logprobs:
-        raise InvalidRequest(f"{name} is {value}, it must lie in [0, {settings.max_logprobs}]", param=name)
+def _num_logprobs(name: str, value: int | None) -> int | None:
+    if value is not None:
+        check_range(name, value)
     return value
 
 
