@@ -27,7 +27,7 @@ from pathlib import Path
 
 from baton.contract.errors import ErrorReport
 from baton.contract.lifecycle import WorkerRole
-from baton.contract.messages import SequenceDelta, StartDecode, StartPrefill
+from baton.contract.messages import KvEvent, SequenceDelta, StartDecode, StartPrefill
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
 from baton.demo_model import build_demo_model
@@ -90,6 +90,9 @@ class Legs:
     def on_step(self, deltas: list[SequenceDelta]) -> None:
         for delta in deltas:
             self._resolve(delta.handoff_id, delta)
+
+    def on_kv_events(self, events: list[KvEvent]) -> None:
+        return
 
     def on_prefill_finished(self, finished: FinishedPrefill) -> None:
         self._resolve(finished.delta.handoff_id, finished)

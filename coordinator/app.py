@@ -20,6 +20,7 @@ from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import (
     DrainWorker,
     Heartbeat,
+    KvEvents,
     LegFailed,
     Message,
     PrefillFinished,
@@ -166,6 +167,8 @@ class Coordinator:
                 self._perform(self._core.prefill_finished(worker, message, now_s))
             case Heartbeat():
                 self._core.heartbeat(worker, message, now_s)
+            case KvEvents():
+                self._perform(self._core.kv_events(worker, message, now_s))
             case LegFailed():
                 self._perform(self._core.leg_failed(worker, message, now_s))
             case WorkerLeaving():

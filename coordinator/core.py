@@ -33,6 +33,7 @@ from baton.contract.lifecycle import Outcome, RequestState, WorkerRole
 from baton.contract.messages import (
     AbortLeg,
     Heartbeat,
+    KvEvents,
     KvSource,
     LegFailed,
     PrefillFinished,
@@ -229,9 +230,8 @@ class Core:
 
     def step(self, worker: Worker, message: StepOutputs, now_s: float) -> list[Action]:
         """The hot path: one call per engine step of a decode worker."""
-        worker.account.observe(message.load)
         actions: list[Action] = []
-        is_room_freed = False
+        is_room_freed = worker.account.observe(message.load)
         legs = self._legs
         for delta in message.deltas:
             request = legs.get(delta.handoff_id)
@@ -249,6 +249,10 @@ class Core:
         if is_room_freed:
             actions += self._pump(now_s)
         return actions
+
+    def kv_events(self, worker: Worker, message: KvEvents, now_s: float) -> list[Action]:
+        """Prefill progress comes with them, step by step."""
+        return self._pump(now_s) if worker.account.observe(message.load) else []
 
     def leg_failed(self, worker: Worker, message: LegFailed, now_s: float) -> list[Action]:
         request = self._legs.get(message.handoff_id)

@@ -5,6 +5,7 @@ refused by name, before anything acts on the message.
 
 PROTOCOL_VERSION history
   1  2026-11-21  first version: registration, prefill, decode, client submit
+  2  2026-11-21  KV events: KvEvents, AskKvReplay, RegisterWorker.has_kv_events; hits in Placement
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from baton.contract.messages import (
     WorkerMessage,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 """Upper bound of one frame: a prompt of a million tokens is 4 MB."""

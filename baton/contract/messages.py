@@ -95,6 +95,33 @@ class SequenceDelta(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens the engine had in its own prefix cache; sent with the leg's last delta."""
 
 
+class BlocksStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="stored"):
+    """Consecutive full blocks that the engine can now serve as a prefix. An engine that keeps several
+    copies of equal blocks tells of each."""
+
+    block_hashes: list[int]
+    """The engine's own names of these blocks, 64-bit."""
+    parent_hash: int | None
+    """The block before them; None: they begin a prompt."""
+    token_ids: bytes
+    """Packed, of all these blocks."""
+    namespace: str = ""
+    """What separates equal tokens (LoRA adapter, cache salt), or empty."""
+
+
+class BlocksRemoved(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="removed"):
+    """One copy of each of these blocks is gone."""
+
+    block_hashes: list[int]
+
+
+class AllBlocksCleared(msgspec.Struct, frozen=True, array_like=True, tag="cleared"):
+    """The engine's prefix cache is empty."""
+
+
+KvEvent = BlocksStored | BlocksRemoved | AllBlocksCleared
+
+
 class KvSource(msgspec.Struct, frozen=True, kw_only=True):
     """Where a prompt's finished KV lies and for how long."""
 
@@ -129,6 +156,8 @@ class RegisterWorker(Message, frozen=True, kw_only=True):
     prefill_window_tokens: int | None = None
     """Prompt tokens this worker wants to have ahead of what it has computed; a longer prompt comes
     alone. The rest waits at the coordinator. None: no limit."""
+    has_kv_events: bool = False
+    """It tells which prompt blocks it holds (`KvEvents`); otherwise no hits are predicted for it."""
     sent_s: float | None = None
     """The worker's own clock; see `Heartbeat.sent_s`."""
 
@@ -142,7 +171,8 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
 
 class StepOutputs(Message, frozen=True, kw_only=True):
-    """All tokens of one engine step, one message. Decode workers send nothing per token beside it."""
+    """All tokens of one engine step, one message. Decode workers send nothing per token beside it. A
+    prefill worker sends it without tokens, for the progress in `load`."""
 
     deltas: list[SequenceDelta]
     load: WorkerLoad
@@ -167,6 +197,19 @@ class LegFailed(Message, frozen=True, kw_only=True):
 
     handoff_id: str
     error: ErrorReport
+
+
+class KvEvents(Message, frozen=True, kw_only=True):
+    """Changes of a worker's prefix cache in one engine step, in order."""
+
+    sequence: int
+    """Consecutive from 0 at the worker's boot, whoever listened; a jump is a gap, see `AskKvReplay`."""
+    events: list[KvEvent]
+    load: WorkerLoad
+    is_fresh_start: bool = False
+    """Forget what came before this number: this batch, and those that follow, tell all there is. The
+    first after each registration of a worker that holds something, and the answer to a question for
+    batches that the worker no longer has."""
 
 
 class WorkerLeaving(Message, frozen=True, kw_only=True):
@@ -222,6 +265,14 @@ class AbortLeg(Message, frozen=True, kw_only=True):
     """Stop and free; the worker answers with LegFailed(code=aborted) unless the leg is already over."""
 
     handoff_id: str
+
+
+class AskKvReplay(Message, frozen=True, kw_only=True):
+    """Batches of `KvEvents` did not arrive: send them again, or start afresh."""
+
+    first: int
+    last: int
+    """Included."""
 
 
 class DrainWorker(Message, frozen=True, kw_only=True):
@@ -313,11 +364,20 @@ class RequestRefused(Message, frozen=True, kw_only=True):
     error: ErrorReport
 
 
-WorkerMessage = RegisterWorker | Heartbeat | StepOutputs | PrefillFinished | LegFailed | WorkerLeaving
+WorkerMessage = (
+    RegisterWorker | Heartbeat | StepOutputs | PrefillFinished | LegFailed | KvEvents | WorkerLeaving
+)
 """What a coordinator may receive from a worker."""
 
 CoordinatorMessage = (
-    WorkerAccepted | WorkerRefused | RegisterAgain | StartPrefill | StartDecode | AbortLeg | DrainWorker
+    WorkerAccepted
+    | WorkerRefused
+    | RegisterAgain
+    | StartPrefill
+    | StartDecode
+    | AbortLeg
+    | AskKvReplay
+    | DrainWorker
 )
 """What a worker may receive from a coordinator."""
 

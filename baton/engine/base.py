@@ -14,6 +14,7 @@ from typing import Protocol
 
 from baton.contract.errors import ErrorReport
 from baton.contract.messages import (
+    KvEvent,
     KvLayout,
     KvSource,
     SequenceDelta,
@@ -34,6 +35,8 @@ class EngineDescription:
     tensor_parallel_size: int
     pipeline_parallel_size: int
     transfer_endpoint: str
+    has_kv_events: bool = False
+    """`EngineListener.on_kv_events` will hear of every change of the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +52,13 @@ class EngineListener(Protocol):
     """Callbacks on the engine's event loop; they must not block or raise."""
 
     def on_step(self, deltas: list[SequenceDelta]) -> None:
-        """Tokens of decode legs, all of one step together."""
+        """Tokens of decode legs, all of one step together. Empty: prompts got on (`Engine.load` counts
+        their tokens), for engines that know it before a prompt is done."""
+
+    def on_kv_events(self, events: list[KvEvent]) -> None:
+        """What one step changed in the prefix cache, in order and complete from the engine's start on
+        (an empty cache). May come shortly after the step's tokens. An engine that loses track says
+        AllBlocksCleared and goes on with what it knows."""
 
     def on_prefill_finished(self, finished: FinishedPrefill) -> None: ...
 

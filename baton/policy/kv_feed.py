@@ -1,11 +1,11 @@
 """KV events in order, per worker, whatever the wire did to them.
 
-Engines number their event batches from 0. Each worker's feed applies batch n only after n - 1. A
-batch that comes early is kept and the missing ones are asked for, once per gap; a batch that comes
-again is dropped. If the engine cannot replay the gap any more (its buffer is bounded) or too much
-piles up behind it, what we know of that worker can no longer be trusted: its part of the index is
-cleared and the feed goes on after the gap. Under-predicting hits costs some cache reuse; stale
-hits would cost it again and again.
+Workers number their batches from 0 at their boot. Each worker's feed applies batch n only after
+n - 1. A batch that comes early is kept and the missing ones are asked for, once per gap; a batch that
+comes again is dropped. A worker that no longer has what it is asked for starts afresh: one batch that
+says so, and then everything its cache holds. Until then the index keeps what it knew: a prediction
+that is a little old costs less than none. If too much piles up behind a gap, all that waits is
+dropped and asked for once more.
 
 A new boot id is a new process with an empty cache and new numbers: everything of the old one is
 forgotten, and its late batches are dropped.
@@ -13,35 +13,14 @@ forgotten, and its late batches are dropped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from baton.contract.messages import BlocksRemoved, BlocksStored, KvEvent
 from baton.policy.kv_index import KvIndex
 
 MAX_HELD_BATCHES = 4096
 """Early batches kept per worker; at one batch per 10 ms step, 40 s."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlocksStored:
-    block_hashes: list[int]
-    parent_hash: int | None
-    token_ids: bytes
-    """Packed, see baton/contract/tokens.py."""
-    namespace: str = ""
-    """What separates equal tokens (LoRA adapter, cache salt), or empty."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlocksRemoved:
-    block_hashes: list[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AllBlocksCleared:
-    pass
-
-
-KvEvent = BlocksStored | BlocksRemoved | AllBlocksCleared
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +41,10 @@ class FeedCounters:
     num_gaps: int = 0
     num_replayed: int = 0
     """Missing batches that did arrive."""
-    num_lost: int = 0
-    """Missing batches that never did; each time the worker's part of the index was cleared."""
+    num_fresh_starts: int = 0
+    """Times a worker told all it holds anew."""
+    num_overflows: int = 0
+    """Times too many batches waited behind a gap."""
     num_malformed: int = 0
 
 
@@ -71,7 +52,7 @@ class FeedCounters:
 class _Feed:
     boot_id: str
     next: int = 0
-    held: dict[int, tuple[KvEvent, ...]] = field(default_factory=dict)
+    held: dict[int, Sequence[KvEvent]] = field(default_factory=dict)
     asked: int = 0
     """Batches before this number have been asked for."""
 
@@ -85,9 +66,9 @@ class KvFeeds:
         self._max_held = max_held_batches
         self._feeds: dict[int, _Feed] = {}
 
-    def joined(self, slot: int, boot_id: str, *, next_sequence: int = 0) -> None:
+    def joined(self, slot: int, boot_id: str) -> None:
         """A worker registered. The same process registering again (a lost connection) keeps what we
-        know of it; what was missed meanwhile shows as a gap."""
+        know of it; what was missed meanwhile shows as a gap, or as a fresh start."""
         feed = self._feeds.get(slot)
         if feed is None:
             self._index.open(slot)
@@ -95,14 +76,20 @@ class KvFeeds:
             return
         else:
             self._index.clear(slot)
-        self._feeds[slot] = _Feed(boot_id, next_sequence, asked=next_sequence)
+        self._feeds[slot] = _Feed(boot_id)
 
     def left(self, slot: int) -> None:
         if self._feeds.pop(slot, None) is not None:
             self._index.close(slot)
 
     def received(
-        self, slot: int, boot_id: str, sequence: int, events: tuple[KvEvent, ...]
+        self,
+        slot: int,
+        boot_id: str,
+        sequence: int,
+        events: Sequence[KvEvent],
+        *,
+        is_fresh_start: bool = False,
     ) -> AskReplay | None:
         """A batch, live or replayed: the two need not be told apart."""
         feed = self._feeds.get(slot)
@@ -112,42 +99,45 @@ class KvFeeds:
         if sequence < feed.next or sequence in feed.held:
             self.counters.num_duplicates += 1
             return None
+        if is_fresh_start:
+            self._start_afresh(slot, feed, sequence, events)
+            return None
         if sequence > feed.next:
-            feed.held[sequence] = events
-            if len(feed.held) > self._max_held:
-                self._give_up(slot, feed)
-                return None
-            first, feed.asked = max(feed.next, feed.asked), max(feed.asked, sequence + 1)
-            missing = [n for n in range(first, sequence) if n not in feed.held]
-            if not missing:
-                return None
-            self.counters.num_gaps += 1
-            return AskReplay(slot, missing[0], missing[-1])
+            return self._keep(slot, feed, sequence, events)
         if sequence < feed.asked:
             self.counters.num_replayed += 1
         self._apply(slot, feed, events)
         self._apply_held(slot, feed)
         return None
 
-    def replay_ended(self, slot: int, boot_id: str) -> None:
-        """The worker has sent all it still had. What is missing now will not come."""
-        feed = self._feeds.get(slot)
-        if feed is not None and feed.boot_id == boot_id:
-            while feed.held:
-                self._give_up(slot, feed)
+    def _keep(self, slot: int, feed: _Feed, sequence: int, events: Sequence[KvEvent]) -> AskReplay | None:
+        """A batch from behind a gap."""
+        feed.held[sequence] = events
+        if len(feed.held) > self._max_held:
+            self.counters.num_overflows += 1
+            feed.held.clear()
+            feed.asked = sequence + 1
+            return AskReplay(slot, feed.next, sequence)
+        first, feed.asked = max(feed.next, feed.asked), max(feed.asked, sequence + 1)
+        missing = [n for n in range(first, sequence) if n not in feed.held]
+        if not missing:
+            return None
+        self.counters.num_gaps += 1
+        return AskReplay(slot, missing[0], missing[-1])
 
-    def _give_up(self, slot: int, feed: _Feed) -> None:
-        first = min(feed.held)
-        self.counters.num_lost += first - feed.next
+    def _start_afresh(self, slot: int, feed: _Feed, sequence: int, events: Sequence[KvEvent]) -> None:
+        self.counters.num_fresh_starts += 1
         self._index.clear(slot)
-        feed.next = first
+        feed.next = sequence
+        feed.held = {number: held for number, held in feed.held.items() if number > sequence}
+        self._apply(slot, feed, events)
         self._apply_held(slot, feed)
 
     def _apply_held(self, slot: int, feed: _Feed) -> None:
         while feed.held and (events := feed.held.pop(feed.next, None)) is not None:
             self._apply(slot, feed, events)
 
-    def _apply(self, slot: int, feed: _Feed, events: tuple[KvEvent, ...]) -> None:
+    def _apply(self, slot: int, feed: _Feed, events: Sequence[KvEvent]) -> None:
         self.counters.num_batches += 1
         feed.next += 1
         for event in events:

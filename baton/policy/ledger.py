@@ -142,18 +142,20 @@ class WorkerAccount:
         cells[_LEGS] = len(self._entries)
         cells[_TURN] = self._ledger.next_turn()
 
-    def observe(self, load: WorkerLoad) -> None:
-        """Counters of one engine step or heartbeat; prefill progress is drained from the queue."""
+    def observe(self, load: WorkerLoad) -> bool:
+        """Counters of one engine step or heartbeat; prefill progress is drained from the queue. True:
+        some was."""
         self.load = load
         before, total = self._seen_total, load.num_prefill_tokens_done
         self._seen_total = total
         # The first report only sets the mark: the worker may have served an earlier coordinator.
         if before is None or total <= before or not self._waiting:
-            return
+            return False
         computed = total - before
         skipped = min(self._ahead, computed)
         self._ahead -= skipped
         self._drain(computed - skipped)
+        return computed > skipped
 
     def _drain(self, num_tokens: int) -> None:
         while num_tokens > 0 and self._waiting:

@@ -10,6 +10,9 @@ gone is dropped with the old connection, instead of meeting its successor; the s
 heard of those legs. The legs themselves are aborted at once: their clients were connected to the
 coordinator that is gone.
 
+What the engine's prefix cache gains and loses is numbered by the journal and told as it happens. A
+coordinator that has just accepted us is told all of it: it may be new, or may have missed some.
+
 Full queue towards the coordinator: it has not read for a minute or more; it is treated as lost.
 """
 
@@ -28,9 +31,12 @@ from baton.contract.errors import EngineFailed, ErrorReport, ProtocolMismatch
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import (
     AbortLeg,
+    AskKvReplay,
     CoordinatorMessage,
     DrainWorker,
     Heartbeat,
+    KvEvent,
+    KvEvents,
     LegFailed,
     Message,
     PrefillFinished,
@@ -47,6 +53,7 @@ from baton.contract.messages import (
 from baton.engine.base import Engine, EngineDescription, FinishedPrefill
 from baton.telemetry import LIFECYCLE_LOGGER, event
 from baton.wire.channels import DealerChannel
+from baton.worker.kv_journal import Batch, KvJournal
 from baton.worker.legs import Drop, LegTable, Refuse
 from baton.worker.registration import Registration, RegistrationState
 
@@ -105,6 +112,8 @@ class WorkerRuntime:
         """Something happened that the task in `serve` or `drain` has to look at."""
         self._description: EngineDescription
         self._legs: LegTable
+        self._journal = KvJournal()
+        self._num_prefill_tokens_told = 0
         self._has_been_ready = False
         self._last_lease_end_s = 0.0
         self._num_farewells = 0
@@ -222,6 +231,7 @@ class WorkerRuntime:
             host=identity.host,
             pid=identity.pid,
             prefill_window_tokens=self._prefill_window_tokens,
+            has_kv_events=description.has_kv_events,
             sent_s=self._clock.now_s(),
         )
         self._channel.send(codec.encode(registration))
@@ -229,6 +239,19 @@ class WorkerRuntime:
     def _heartbeat(self) -> None:
         now_s = self._clock.now_s()
         self._send(Heartbeat(load=self._engine.load(), num_legs=len(self._legs), sent_s=now_s))
+
+    def _send_kv_events(self, batches: list[Batch]) -> None:
+        load = self._engine.load()
+        self._num_prefill_tokens_told = load.num_prefill_tokens_done
+        for batch in batches:
+            self._send(
+                KvEvents(
+                    sequence=batch.sequence,
+                    events=batch.events,
+                    load=load,
+                    is_fresh_start=batch.is_fresh_start,
+                )
+            )
 
     def _send(self, message: Message) -> None:
         """To a coordinator that knows us; otherwise the message has no reader and is dropped."""
@@ -296,6 +319,11 @@ class WorkerRuntime:
                 self._on_start(message)
             case AbortLeg():
                 self._engine.abort(message.handoff_id)
+            case AskKvReplay():
+                batches = self._journal.again(message.first, message.last)
+                event(logger, "kv events asked for again", first=message.first, last=message.last,
+                      num_batches=len(batches))  # fmt: skip
+                self._send_kv_events(batches)
             case DrainWorker():
                 self.request_drain("the coordinator asked for it")
 
@@ -313,6 +341,7 @@ class WorkerRuntime:
             coordinator_boot_id=message.coordinator_boot_id,
         )  # fmt: skip
         self._has_been_ready = True
+        self._send_kv_events(self._journal.fresh_start())
         self._changed.set()
 
     def _on_refused(self, error: ErrorReport) -> None:
@@ -344,14 +373,19 @@ class WorkerRuntime:
 
     def on_step(self, deltas: list[SequenceDelta]) -> None:
         known, ended = self._legs.on_step(deltas)
-        if known:
-            self._send(StepOutputs(deltas=known, load=self._engine.load()))
+        load = self._engine.load()
+        if known or load.num_prefill_tokens_done != self._num_prefill_tokens_told:
+            self._num_prefill_tokens_told = load.num_prefill_tokens_done
+            self._send(StepOutputs(deltas=known, load=load))
         if ended:
             now_s = self._clock.now_s()
             for leg, finish_reason in ended:
                 event(logger, "leg finished", handoff_id=leg.handoff_id, request_id=leg.request_id,
                       leg_s=now_s - leg.started_s, finish_reason=finish_reason)  # fmt: skip
             self._legs_ended()
+
+    def on_kv_events(self, events: list[KvEvent]) -> None:
+        self._send_kv_events([self._journal.append(events)])
 
     def on_prefill_finished(self, finished: FinishedPrefill) -> None:
         leg = self._legs.end(finished.delta.handoff_id)
@@ -364,13 +398,15 @@ class WorkerRuntime:
         if source is not None:
             # The lease counts from this moment, and the message leaves in it: nothing to subtract.
             self._last_lease_end_s = max(self._last_lease_end_s, now_s + source.lease_s)
+        load = self._engine.load()
+        self._num_prefill_tokens_told = load.num_prefill_tokens_done
         message = PrefillFinished(
             delta=finished.delta,
             kv_source=source,
             prompt_logprobs=finished.prompt_logprobs,
             queue_s=finished.queue_s,
             prefill_s=finished.prefill_s,
-            load=self._engine.load(),
+            load=load,
         )
         self._send(message)
         event(logger, "leg finished", handoff_id=leg.handoff_id, request_id=leg.request_id,

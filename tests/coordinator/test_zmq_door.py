@@ -210,15 +210,25 @@ def test_a_client_that_leaves_is_noticed_at_the_next_token():
     ("message", "error", "sentence"),
     [
         (SubmitRequest(protocol_version=9, request_id="r"), ProtocolMismatch, "speaks protocol 9"),
-        (SubmitRequest(protocol_version=1, request_id=""), InvalidRequest, "request_id has 0 characters"),
-        (SubmitRequest(protocol_version=1, request_id="r"), InvalidRequest, "give exactly one of"),
         (
-            SubmitRequest(protocol_version=1, request_id="r", prompt="a", prompt_token_ids=b"1234"),
+            SubmitRequest(protocol_version=codec.PROTOCOL_VERSION, request_id=""),
+            InvalidRequest,
+            "request_id has 0 characters",
+        ),
+        (
+            SubmitRequest(protocol_version=codec.PROTOCOL_VERSION, request_id="r"),
             InvalidRequest,
             "give exactly one of",
         ),
         (
-            SubmitRequest(protocol_version=1, request_id="r", prompt_token_ids=b"12345"),
+            SubmitRequest(
+                protocol_version=codec.PROTOCOL_VERSION, request_id="r", prompt="a", prompt_token_ids=b"1234"
+            ),
+            InvalidRequest,
+            "give exactly one of",
+        ),
+        (
+            SubmitRequest(protocol_version=codec.PROTOCOL_VERSION, request_id="r", prompt_token_ids=b"12345"),
             InvalidRequest,
             "5 bytes, expected a multiple of 4",
         ),
@@ -240,7 +250,9 @@ def test_foreign_frames_are_answered_not_obeyed(frames):
 
 
 def test_same_id_twice_is_refused():
-    message = SubmitRequest(protocol_version=1, request_id="r", prompt_token_ids=pack_token_ids([3]))
+    message = SubmitRequest(
+        protocol_version=codec.PROTOCOL_VERSION, request_id="r", prompt_token_ids=pack_token_ids([3])
+    )
     assert _exchange([codec.encode(message)], times=2).error.code == DuplicateRequest.code
 
 
@@ -271,7 +283,11 @@ def test_ten_thousand_random_frames_leave_the_door_serving():
             vandal.connect(f"tcp://{address}")
             vandal.start()
             good = codec.encode(
-                SubmitRequest(protocol_version=1, request_id="r", prompt_token_ids=pack_token_ids([9]))
+                SubmitRequest(
+                    protocol_version=codec.PROTOCOL_VERSION,
+                    request_id="r",
+                    prompt_token_ids=pack_token_ids([9]),
+                )
             )
             for i in range(10_000):
                 frame = bytearray(good) if i % 2 else bytearray(rng.randbytes(rng.randint(0, 60)))

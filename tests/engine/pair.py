@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from baton.contract.errors import ErrorReport
 from baton.contract.lifecycle import WorkerRole
-from baton.contract.messages import KvSource, SequenceDelta, StartDecode, StartPrefill, TokenLogprobs
+from baton.contract.messages import (
+    KvEvent,
+    KvSource,
+    SequenceDelta,
+    StartDecode,
+    StartPrefill,
+    TokenLogprobs,
+)
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
 from baton.engine.base import EngineDescription, FinishedPrefill
@@ -51,6 +58,7 @@ class Recorder:
     def __init__(self) -> None:
         self.legs: dict[str, _Collected] = {}
         self.step_sizes: list[int] = []
+        self.kv_events: list[KvEvent] = []
         self.died = asyncio.Event()
 
     def expect(self, handoff_id: str) -> asyncio.Future[Any]:
@@ -68,6 +76,9 @@ class Recorder:
             leg.has_tokens.set()
             if delta.finish_reason is not None:
                 leg.done.set_result(self._result(leg, delta, None))
+
+    def on_kv_events(self, events: list[KvEvent]) -> None:
+        self.kv_events += events
 
     def on_prefill_finished(self, finished: FinishedPrefill) -> None:
         self.legs[finished.delta.handoff_id].done.set_result(finished)

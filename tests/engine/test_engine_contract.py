@@ -17,7 +17,7 @@ import pytest
 
 from baton.contract.errors import ErrorReport
 from baton.contract.lifecycle import WorkerRole
-from baton.contract.messages import SequenceDelta, StartDecode, StartPrefill
+from baton.contract.messages import KvEvent, SequenceDelta, StartDecode, StartPrefill
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
 from baton.engine.base import Engine, EngineDescription, FinishedPrefill
@@ -38,6 +38,7 @@ class Recorder:
         self.failures: dict[str, ErrorReport] = {}
         self.ends: dict[str, int] = {}
         self.deaths: list[str] = []
+        self.kv_events: list[KvEvent] = []
         self._news = asyncio.Event()
 
     def on_step(self, deltas: list[SequenceDelta]) -> None:
@@ -50,6 +51,9 @@ class Recorder:
     def on_prefill_finished(self, finished: FinishedPrefill) -> None:
         self.prefills[finished.delta.handoff_id] = finished
         self._ended(finished.delta.handoff_id)
+
+    def on_kv_events(self, events: list[KvEvent]) -> None:
+        self.kv_events += events
 
     def on_leg_failed(self, handoff_id: str, error: ErrorReport) -> None:
         self.failures[handoff_id] = error

@@ -63,6 +63,9 @@ class Heard:
         self.order.append(finished.delta.handoff_id)
         self._news.set()
 
+    def on_kv_events(self, events):
+        pass
+
     def on_leg_failed(self, handoff_id, error):
         self.failures[handoff_id] = error
         self.order.append(handoff_id)

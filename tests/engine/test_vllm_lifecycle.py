@@ -39,6 +39,7 @@ from baton.engine.vllm_settings import VllmEngineSettings
 
 class Silent:
     def on_step(self, deltas): pass
+    def on_kv_events(self, events): pass
     def on_prefill_finished(self, finished): pass
     def on_leg_failed(self, handoff_id, error): pass
     def on_engine_dead(self, reason): pass

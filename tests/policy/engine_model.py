@@ -11,8 +11,8 @@ import random
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from baton.contract.messages import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent
 from baton.contract.tokens import pack_token_ids
-from baton.policy.kv_feed import AllBlocksCleared, BlocksRemoved, BlocksStored, KvEvent
 
 Prefix = tuple[int, ...]
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from baton.contract.messages import BlocksStored, KvEvent
 from baton.contract.tokens import pack_token_ids
-from baton.policy.kv_feed import AskReplay, BlocksStored, KvEvent, KvFeeds
+from baton.policy.kv_feed import AskReplay, KvFeeds
 from baton.policy.kv_index import BYTES_PER_BLOCK, KvIndex
 from tests.policy.engine_model import EngineModel
 
@@ -293,46 +294,51 @@ def test_lost_doubled_and_swapped_batches_are_repaired_by_replay(seed):
             fleet.assert_equal()
     counters = fleet.feeds.counters
     assert counters.num_gaps and counters.num_replayed and counters.num_duplicates
-    assert counters.num_lost == 0
+    assert counters.num_overflows == 0
 
 
-def test_what_cannot_be_replayed_clears_the_worker():
+def stored(*token_ids: int) -> tuple[KvEvent, ...]:
+    """Prompts of one block each, of one token."""
+    names = EngineModel(0, SIZE)
+    return tuple(
+        BlocksStored(
+            block_hashes=[names.engine_hash((token_id,) * SIZE)],
+            parent_hash=None,
+            token_ids=pack_token_ids([token_id] * SIZE),
+        )
+        for token_id in token_ids
+    )
+
+
+def test_a_worker_that_cannot_replay_starts_afresh():
     """
-    1. batch 1 of two is lost, and the engine has it no more
-    2. what batch 0 said cannot be trusted: gone; batch 2 and later ones count again
+    1. batch 1 is lost; 2 and 3 wait behind the gap, what batch 0 said still counts
+    2. the worker has it no more and tells all it holds as batches 4 and 5: exactly that counts
+    3. a late replay of batch 1 changes nothing
     """
     index = KvIndex(SIZE, seed=1)
     feeds = KvFeeds(index)
     feeds.joined(0, "boot")
-    names = EngineModel(0, SIZE)
-
-    def stored(tokens: list[int]) -> tuple[KvEvent, ...]:
-        return (
-            BlocksStored(
-                block_hashes=[names.engine_hash(tuple(tokens))],
-                parent_hash=None,
-                token_ids=pack_token_ids(tokens),
-            ),
-        )
-
-    assert feeds.received(0, "boot", 0, stored([1] * SIZE)) is None
-    assert feeds.received(0, "boot", 2, stored([2] * SIZE)) == AskReplay(0, 1, 1)
-    assert feeds.received(0, "boot", 3, stored([3] * SIZE)) is None  # asked already
+    assert feeds.received(0, "boot", 0, stored(1)) is None
+    assert feeds.received(0, "boot", 2, stored(2)) == AskReplay(0, 1, 1)
+    assert feeds.received(0, "boot", 3, stored(3)) is None  # asked already
     assert [hits(index, [t] * 5, 1) for t in (1, 2, 3)] == [[1], [0], [0]]
-    feeds.replay_ended(0, "boot")
-    assert [hits(index, [t] * 5, 1) for t in (1, 2, 3)] == [[0], [1], [1]]
-    assert feeds.counters.num_lost == 1
-    assert feeds.received(0, "boot", 1, stored([1] * SIZE)) is None  # too late now
-    assert feeds.counters.num_duplicates == 1
+    assert feeds.received(0, "boot", 5, stored(5)) == AskReplay(0, 4, 4)  # it overtook the fresh start
+    assert feeds.received(0, "boot", 4, stored(2, 3), is_fresh_start=True) is None
+    assert [hits(index, [t] * 5, 1) for t in (1, 2, 3, 5)] == [[0], [1], [1], [1]]
+    assert feeds.received(0, "boot", 1, stored(1)) is None
+    assert (feeds.counters.num_fresh_starts, feeds.counters.num_duplicates) == (1, 1)
 
 
-def test_a_pile_behind_a_gap_is_bounded():
+def test_a_pile_behind_a_gap_is_bounded_and_asked_for_anew():
     feeds = KvFeeds(KvIndex(SIZE, seed=1), max_held_batches=3)
     feeds.joined(0, "boot")
     assert feeds.received(0, "boot", 1, ()) == AskReplay(0, 0, 0)
-    for n in (2, 3, 4):
+    assert [feeds.received(0, "boot", n, ()) for n in (2, 3, 4)] == [None, None, AskReplay(0, 0, 4)]
+    assert feeds.received(0, "boot", 5, ()) is None
+    for n in range(5):
         feeds.received(0, "boot", n, ())
-    assert (feeds.counters.num_lost, feeds.counters.num_batches) == (1, 4)
+    assert (feeds.counters.num_overflows, feeds.counters.num_batches) == (1, 6)
 
 
 def test_a_new_process_starts_from_nothing_and_the_old_one_is_not_heard():

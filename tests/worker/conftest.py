@@ -129,6 +129,7 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.commands: list[object] = []
         self.num_free_blocks = 64
+        self.num_prefill_tokens_done = 0
         self.is_stopped = False
         self._news = asyncio.Event()
 
@@ -143,6 +144,7 @@ class ScriptedEngine:
             tensor_parallel_size=1,
             pipeline_parallel_size=1,
             transfer_endpoint="127.0.0.1:1",
+            has_kv_events=True,
         )  # fmt: skip
 
     def _record(self, command):
@@ -159,7 +161,9 @@ class ScriptedEngine:
         self._record(("abort", handoff_id))
 
     def load(self):
-        return WorkerLoad(num_free_blocks=self.num_free_blocks)
+        return WorkerLoad(
+            num_free_blocks=self.num_free_blocks, num_prefill_tokens_done=self.num_prefill_tokens_done
+        )
 
     async def stop(self):
         self.is_stopped = True
