@@ -501,7 +501,7 @@ def test_thousands_of_fuzzed_client_frames(fleet: Fleet) -> None:
         codec.encode(submission("r", [1, 2, 3], stop=["a", "b"], logprobs=2, seed=4)),
         codec.encode(SubmitRequest(protocol_version=codec.PROTOCOL_VERSION, request_id="text", prompt="hello", model=None)),
         codec.encode(
-            SubmitRequest(protocol_version=1, request_id="chat", messages=[{"role": "user", "content": "x"}],
+            SubmitRequest(protocol_version=codec.PROTOCOL_VERSION, request_id="chat", messages=[{"role": "user", "content": "x"}],
                           sampling=SamplingSpec(max_tokens=2))
         ),
         codec.encode(AbortRequest(request_id="r")),
