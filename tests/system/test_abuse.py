@@ -497,12 +497,13 @@ def test_four_thousand_fuzzed_bodies(fleet: Fleet) -> None:
 @pytest.mark.usefixtures("memory_is_not_eaten")
 def test_thousands_of_fuzzed_client_frames(fleet: Fleet) -> None:
     dice = random.Random(1)
+    version = codec.PROTOCOL_VERSION
     good = [
         codec.encode(submission("r", [1, 2, 3], stop=["a", "b"], logprobs=2, seed=4)),
-        codec.encode(SubmitRequest(protocol_version=codec.PROTOCOL_VERSION, request_id="text", prompt="hello", model=None)),
+        codec.encode(SubmitRequest(protocol_version=version, request_id="text", prompt="hello", model=None)),
         codec.encode(
-            SubmitRequest(protocol_version=codec.PROTOCOL_VERSION, request_id="chat", messages=[{"role": "user", "content": "x"}],
-                          sampling=SamplingSpec(max_tokens=2))
+            SubmitRequest(protocol_version=version, request_id="chat",
+                          messages=[{"role": "user", "content": "x"}], sampling=SamplingSpec(max_tokens=2))
         ),
         codec.encode(AbortRequest(request_id="r")),
     ]  # fmt: skip
