@@ -1,0 +1,80 @@
+"""Every step policy by name, parameters after a colon: `fcfs`, `skip-join-mlfq:8,3.0`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from baton.scheduling.base import StepPolicy
+from baton.scheduling.fcfs import Fcfs
+from baton.scheduling.first_iteration import FirstIteration
+from baton.scheduling.las import Las
+from baton.scheduling.mlfq import BASE_QUANTUM_TOKENS, BOOST_TOKENS, STARVATION_S, Mlfq
+from baton.scheduling.shortest_prefill import AGEING, MAX_OPEN, ShortestPrefill
+from baton.scheduling.srpt import Srpt
+
+
+def _fcfs(first_iteration: FirstIteration) -> StepPolicy:
+    return Fcfs()
+
+
+def _mlfq(
+    first_iteration: FirstIteration,
+    base_quantum_tokens: int = BASE_QUANTUM_TOKENS,
+    starvation_s: float = STARVATION_S,
+    boost_tokens: int = BOOST_TOKENS,
+    *,
+    is_skip_join: bool = False,
+) -> StepPolicy:
+    return Mlfq(
+        is_skip_join=is_skip_join,
+        base_quantum_tokens=base_quantum_tokens,
+        starvation_s=starvation_s,
+        boost_tokens=boost_tokens,
+        first_iteration=first_iteration,
+    )
+
+
+def _skip_join_mlfq(
+    first_iteration: FirstIteration,
+    base_quantum_tokens: int = BASE_QUANTUM_TOKENS,
+    starvation_s: float = STARVATION_S,
+    boost_tokens: int = BOOST_TOKENS,
+) -> StepPolicy:
+    return _mlfq(first_iteration, base_quantum_tokens, starvation_s, boost_tokens, is_skip_join=True)
+
+
+def _shortest_prefill(
+    first_iteration: FirstIteration, ageing: float = AGEING, max_open: int = MAX_OPEN
+) -> StepPolicy:
+    return ShortestPrefill(ageing=ageing, max_open=max_open)
+
+
+_MAKERS: dict[str, tuple[Callable[..., StepPolicy], tuple[type, ...]]] = {
+    "fcfs": (_fcfs, ()),
+    "mlfq": (_mlfq, (int, float, int)),
+    "skip-join-mlfq": (_skip_join_mlfq, (int, float, int)),
+    "las": (Las, ()),
+    "srpt": (Srpt, ()),
+    "shortest-prefill": (_shortest_prefill, (float, int)),
+}
+
+NAMES = tuple(_MAKERS)
+
+
+def by_name(spec: str, *, first_iteration: FirstIteration | None = None) -> StepPolicy:
+    """A new policy object. `first_iteration`: what a prompt costs where prompts are computed beside
+    decodes. Raises ValueError naming the policy, the parameter and what is allowed."""
+    name, _, text = spec.partition(":")
+    if name not in _MAKERS:
+        raise ValueError(f"no scheduler is called {name!r}; there are {', '.join(NAMES)}")
+    make, types = _MAKERS[name]
+    parameters = text.split(",") if text else []
+    if len(parameters) > len(types):
+        raise ValueError(f"{name} takes {len(types)} parameters, {spec!r} gives {len(parameters)}")
+    values = []
+    for kind, parameter in zip(types, parameters, strict=False):
+        try:
+            values.append(kind(parameter))
+        except ValueError:
+            raise ValueError(f"{spec!r}: {parameter!r} is no {kind.__name__}") from None
+    return make(first_iteration or FirstIteration(), *values)

@@ -1,0 +1,127 @@
+"""Which KV leaves memory for the host, and which comes back, a few steps ahead of need.
+
+Preemption at every token keeps more requests half-done than fit into memory. FastServe's answer: copy
+the KV of those who will not run for long (largest estimated wait first) to host memory *before* its
+blocks are needed, and bring it back *before* its owner's turn, both beside the computation. So:
+
+* **back up** residents from the far end of the order, ahead of need: a host copy costs no memory here;
+* **evict** only who has a complete host copy (just the blocks are given up, nothing moves), the largest
+  wait first, and only as much as the coming steps and the reserve want. Nothing is ever computed twice;
+* **bring back** the smallest wait first, into what is free beyond the reserve.
+
+The reserve is for arrivals: a request that has just come goes to the front, and its KV must fit at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """One request's KV. Blocks on the device are given up all at once or kept all."""
+
+    num_blocks: int
+    """Needed to run: on the device, or on the host when it is swapped out."""
+    num_backed_blocks: int = 0
+    """Of these, with a copy on the host. The last, unfinished block of a running request has none."""
+    is_resident: bool = True
+    is_movable: bool = True
+    """Not while a transfer or a step in flight touches it."""
+
+    @property
+    def is_backed(self) -> bool:
+        return self.num_backed_blocks >= self.num_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class SwapChoice:
+    back_up: tuple[str, ...] = ()
+    """Copy to the host what is not there yet; they stay resident."""
+    evict: tuple[str, ...] = ()
+    """Give up the device's blocks now, in this order."""
+    bring_back: tuple[str, ...] = ()
+    """Fetch from the host now, in this order."""
+    num_blocks_short: int = 0
+    """Wanted and not to be had without giving up KV that has no copy: the engine stalls or recomputes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapRule:
+    """Pure: holdings and order in, moves out."""
+
+    reserve_blocks: int
+    """Kept free for arrivals."""
+    lookahead_blocks: int = 0
+    """So many blocks beyond the reserve are kept ready to be given up: what the next few steps may take."""
+    max_moves: int = 8
+    """Requests that start to move in one step, each way: the link is shared with the KV hand-off."""
+
+    def choose(
+        self,
+        order: Sequence[str],
+        waits: Sequence[float],
+        holdings: Mapping[str, Holding],
+        *,
+        num_places: int,
+        num_free_blocks: int,
+        num_growth_blocks: int,
+        num_arriving_blocks: int = 0,
+    ) -> SwapChoice:
+        """`order` best first with their `waits`; requests without a holding are skipped.
+        `num_growth_blocks`: what the next step's runners need beyond what they have;
+        `num_arriving_blocks`: what requests that are about to get KV for the first time need."""
+        queue = [(job_id, holdings[job_id]) for job_id in order if job_id in holdings]
+        runs_next = {job_id for job_id, _ in queue[:num_places]}
+        wait_of = dict(zip(order, waits, strict=True))
+        leaving_order = sorted(
+            (job_id for job_id, held in queue if held.is_resident and held.is_movable),
+            key=lambda job_id: -wait_of[job_id],
+        )
+        leaving_order = [job_id for job_id in leaving_order if job_id not in runs_next]
+        returning = [
+            (job_id, held) for job_id, held in queue[:num_places] if not held.is_resident and held.is_movable
+        ]
+        wanted = num_growth_blocks + num_arriving_blocks + sum(held.num_blocks for _, held in returning)
+        short = max(0, wanted + self.reserve_blocks - num_free_blocks) if wanted else 0
+
+        evict: list[str] = []
+        back_up: list[str] = []
+        ready = 0
+        for job_id in leaving_order:
+            held = holdings[job_id]
+            if held.is_backed:
+                if short > 0:
+                    evict.append(job_id)
+                    short -= held.num_blocks
+                else:
+                    ready += held.num_blocks
+            elif len(back_up) < self.max_moves and (
+                short > 0 or (ready < self.lookahead_blocks and self._is_tight(num_free_blocks))
+            ):
+                back_up.append(job_id)
+                ready += held.num_blocks
+        freed = sum(holdings[job_id].num_blocks for job_id in evict)
+        room = num_free_blocks + freed - num_growth_blocks - num_arriving_blocks
+        bring_back: list[str] = []
+        for job_id, held in returning[: self.max_moves]:
+            if held.num_blocks > room:
+                break
+            room -= held.num_blocks
+            bring_back.append(job_id)
+        # Ahead of their turn: whoever comes next, while more than the reserve stays free.
+        for job_id, held in queue[num_places:]:
+            if len(bring_back) >= self.max_moves or len(bring_back) < len(returning):
+                break
+            if held.is_resident or not held.is_movable:
+                continue
+            if held.num_blocks > room - self.reserve_blocks:
+                break
+            room -= held.num_blocks
+            bring_back.append(job_id)
+        missing = max(0, num_growth_blocks + num_arriving_blocks - num_free_blocks - freed)
+        return SwapChoice(tuple(back_up), tuple(evict), tuple(bring_back), missing)
+
+    def _is_tight(self, num_free_blocks: int) -> bool:
+        return num_free_blocks < self.reserve_blocks + self.lookahead_blocks
