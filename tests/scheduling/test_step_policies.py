@@ -158,7 +158,7 @@ def test_nobody_waits_longer_than_the_bound():
     for job_id in longs:
         policy.add(job(job_id), now_s)
     last_run = dict.fromkeys(longs, 0.0)
-    left = {}
+    left: dict[str, int] = {}
     max_gap_s = 0.0
     for step in range(3000):
         while len(left) < num_places:
