@@ -33,6 +33,7 @@ COMMANDS = {
     "coordinator": Command("coordinator.__main__", "the control plane: HTTP and ZeroMQ doors"),
     "prefill": Command("prefill_worker.__main__", "one prefill worker"),
     "decode": Command("decode_worker.__main__", "one decode worker"),
+    "both": Command("baton.worker.both", "one worker for both phases: small fleets, colocated serving"),
     "submit": Command("baton.submit", "send a prompt to a coordinator and print the tokens as they come"),
     "doctor": Command("baton.doctor", "find what is wrong with this installation"),
 }

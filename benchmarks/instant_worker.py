@@ -26,7 +26,7 @@ import uvloop
 
 from baton.contract.codec import PROTOCOL_VERSION, coordinator_messages, encode
 from baton.contract.errors import ErrorReport
-from baton.contract.lifecycle import WorkerRole
+from baton.contract.lifecycle import PHASES, WorkerRole
 from baton.contract.messages import (
     AbortLeg,
     Heartbeat,
@@ -201,7 +201,7 @@ def periodic_timer(period_us: int) -> int:
 
 async def serve(address: str, model: str, tick_us: int) -> None:
     host, port = parse_address(address, DEFAULT_FLEET_PORT)
-    workers = [InstantWorker(role, tcp(host, port), model, tick_us) for role in WorkerRole]
+    workers = [InstantWorker(role, tcp(host, port), model, tick_us) for role in PHASES]
     await asyncio.gather(*(worker.run() for worker in workers))
 
 

@@ -9,7 +9,7 @@ from baton.contract.errors import (
     NoWorkers,
     PromptTooLong,
 )
-from baton.contract.lifecycle import WorkerRole
+from baton.contract.lifecycle import PHASES
 from coordinator.fleet import FleetView
 from coordinator.request import Request
 
@@ -24,7 +24,7 @@ def check_acceptable(request: Request, fleet: FleetView, *, is_draining: bool, i
         raise DuplicateRequest(f"request id {request.request_id!r} is already in flight")
     limit = fleet.max_model_len
     if limit is None or not fleet.has_pair:
-        missing = [role.value for role in WorkerRole if not fleet.accounts(role)]
+        missing = [phase.value for phase in PHASES if not fleet.accounts(phase)]
         raise NoWorkers(f"no {' and no '.join(missing)} worker is ready", retry_after_s=1)
     if num_prompt < 1:
         raise InvalidRequest("the prompt is empty", param="prompt")
@@ -39,10 +39,10 @@ def check_acceptable(request: Request, fleet: FleetView, *, is_draining: bool, i
             f"accepts 1 to {limit - num_prompt}",
             param="max_tokens",
         )
-    for role, num_tokens in fleet.largest_cache_tokens.items():
+    for phase, num_tokens in fleet.largest_cache_tokens.items():
         if num_prompt + 1 > num_tokens:
             raise PromptTooLong(
-                f"prompt has {num_prompt} tokens, the largest {role.value} worker holds "
+                f"prompt has {num_prompt} tokens, the largest {phase.value} worker holds "
                 f"{num_tokens} in its KV cache",
                 param="prompt",
             )

@@ -16,7 +16,6 @@ import msgspec
 from baton.clock import Clock
 from baton.contract import codec
 from baton.contract.errors import ProtocolMismatch, ServingError
-from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import (
     DrainWorker,
     Heartbeat,
@@ -270,6 +269,6 @@ def _worker_snapshot(worker: Worker, now_s: float) -> dict[str, object]:
         "capacity": msgspec.to_builtins(registration.capacity),
         "load": msgspec.structs.asdict(account.load),
         "num_legs": account.num_legs,
-        "num_queued_tokens": account.num_queued_tokens if worker.role is WorkerRole.PREFILL else 0,
+        "num_queued_tokens": account.num_queued_tokens,
         "num_reserved_blocks": account.num_reserved_blocks,
     }

@@ -11,7 +11,7 @@ import msgspec
 
 from baton.contract.codec import PROTOCOL_VERSION
 from baton.contract.errors import ProtocolMismatch, RegistrationRefused, WorkerIdTaken
-from baton.contract.lifecycle import WorkerRole
+from baton.contract.lifecycle import PHASES, WorkerRole
 from baton.contract.messages import KvLayout, RegisterWorker
 from baton.policy.ledger import Ledger, Pool, WorkerAccount
 
@@ -57,16 +57,20 @@ class FleetView:
         self._by_id: dict[str, Worker] = {}
         self._by_peer: dict[bytes, Worker] = {}
         self.ledger = Ledger()
-        self._accounts: dict[WorkerRole, Pool] = {role: Pool() for role in WorkerRole}
+        self._accounts: dict[WorkerRole, Pool] = {phase: Pool() for phase in PHASES}
+        self.colocated = Pool()
+        """Those that serve both phases; they are in the pool of each phase too."""
         self.layout: KvLayout | None = None
         """What all registered workers agree on; None while there is none."""
         # Asked for every request, changed by every few thousand: kept instead of computed.
         self.has_pair = False
-        """At least one worker of each role takes new legs."""
+        """Each phase has a worker that takes new legs; one that serves both is enough."""
+        self.is_colocated = False
+        """There are only workers that serve both phases: no request is ever handed off."""
         self.max_model_len: int | None = None
         """Longest prompt + output that every worker accepts, in tokens; None without workers."""
-        self.largest_cache_tokens = dict.fromkeys(WorkerRole, 0)
-        """Tokens in the KV cache of the largest worker of a role."""
+        self.largest_cache_tokens = dict.fromkeys(PHASES, 0)
+        """Tokens in the KV cache of the largest worker of a phase."""
         self.num_changes = 0
 
     def __iter__(self) -> Iterator[Worker]:
@@ -78,9 +82,13 @@ class FleetView:
     def at(self, peer: bytes) -> Worker | None:
         return self._by_peer.get(peer)
 
-    def accounts(self, role: WorkerRole) -> Pool:
-        """Accounts of the workers of a role that take new legs."""
-        return self._accounts[role]
+    def accounts(self, phase: WorkerRole) -> Pool:
+        """Accounts of the workers that take new legs of a phase."""
+        return self._accounts[phase]
+
+    def _pools_of(self, worker: Worker) -> list[Pool]:
+        pools = [self._accounts[phase] for phase in worker.role.phases]
+        return [*pools, self.colocated] if worker.role is WorkerRole.BOTH else pools
 
     def check(self, registration: RegisterWorker, peer: bytes) -> None:
         """Raises ProtocolMismatch, RegistrationRefused or WorkerIdTaken with the reason."""
@@ -139,7 +147,8 @@ class FleetView:
         worker = Worker(registration, peer, account, now_s)
         self._by_id[worker.worker_id] = worker
         self._by_peer[peer] = worker
-        self._accounts[worker.role].add(worker.account)
+        for pool in self._pools_of(worker):
+            pool.add(worker.account)
         self.layout = registration.layout
         self._changed()
         return worker
@@ -148,7 +157,8 @@ class FleetView:
         """The worker gets no new legs; those it has go on."""
         if not worker.is_leaving:
             worker.is_leaving = True
-            self._accounts[worker.role].remove(worker.account)
+            for pool in self._pools_of(worker):
+                pool.remove(worker.account)
             self._changed()
 
     def remove(self, worker_id: str) -> Worker | None:
@@ -157,7 +167,8 @@ class FleetView:
             return None
         self._by_peer.pop(worker.peer, None)
         if not worker.is_leaving:
-            self._accounts[worker.role].remove(worker.account)
+            for pool in self._pools_of(worker):
+                pool.remove(worker.account)
         self.ledger.close(worker.account)
         if not self._by_id:
             self.layout = None
@@ -167,7 +178,8 @@ class FleetView:
     def _changed(self) -> None:
         self.num_changes += 1
         self.has_pair = all(self._accounts.values())
+        self.is_colocated = all(len(pool) == len(self.colocated) for pool in self._accounts.values())
         self.max_model_len = min((w.registration.capacity.max_model_len for w in self), default=None)
-        for role, accounts in self._accounts.items():
+        for phase, accounts in self._accounts.items():
             sizes = (a.capacity.num_blocks * a.block_size_tokens for a in accounts)
-            self.largest_cache_tokens[role] = max(sizes, default=0)
+            self.largest_cache_tokens[phase] = max(sizes, default=0)

@@ -116,7 +116,11 @@ async def _live(settings: CoordinatorSettings) -> int:
 
 def _add_gauges(metrics: Metrics, core: Core) -> None:
     def workers() -> dict[str, float]:
-        return {role.value: float(len(core.fleet.accounts(role))) for role in WorkerRole}
+        counts = dict.fromkeys((role.value for role in WorkerRole), 0.0)
+        for worker in core.fleet:
+            if not worker.is_leaving:
+                counts[worker.role.value] += 1
+        return counts
 
     metrics.add_gauge("baton_requests_in_flight", "Accepted, not finished.", lambda: core.num_requests)
     metrics.add_gauge("baton_requests_queued", "Waiting for a worker.", lambda: core.num_queued)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stops what the start scripts recorded, and nothing else.
-#   scripts/stop_fleet.sh                     everything: coordinator, then both fleets
+#   scripts/stop_fleet.sh                     everything: coordinator, then all fleets
 #   scripts/stop_fleet.sh prefill [decode …]  these
 #   scripts/stop_fleet.sh --timeout-s 5       how long each may finish its requests before it is killed
 # The coordinator goes first: it finishes accepted requests, for which it needs the workers.
@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
     *) fleets+=("$1") && shift ;;
   esac
 done
-[ ${#fleets[@]} -gt 0 ] || fleets=(coordinator prefill decode)
+[ ${#fleets[@]} -gt 0 ] || fleets=(coordinator prefill decode both)
 
 shopt -s nullglob
 waves=()

@@ -14,10 +14,18 @@ from enum import Enum
 
 
 class WorkerRole(str, Enum):
-    """Which phase a worker serves."""
+    """Which phases a worker serves. The first two also name the phases themselves."""
 
     PREFILL = "prefill"
     DECODE = "decode"
+    BOTH = "both"
+
+    @property
+    def phases(self) -> tuple[WorkerRole, ...]:
+        return PHASES if self is WorkerRole.BOTH else (self,)
+
+
+PHASES = (WorkerRole.PREFILL, WorkerRole.DECODE)
 
 
 class RequestState(Enum):

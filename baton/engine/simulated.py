@@ -20,6 +20,8 @@ import asyncio
 import logging
 from collections import OrderedDict
 
+import msgspec
+
 from baton.clock import Clock, SystemClock
 from baton.contract.errors import (
     Aborted,
@@ -159,6 +161,8 @@ class SimulatedEngine:
     def start_decode(self, message: StartDecode) -> None:
         leg = self._new_leg(message)
         leg.source = message.kv_source
+        if leg.source is None:
+            leg.num_prompt_logprobs = message.sampling.prompt_logprobs
         if leg.source is not None and self.faults.never_answer != "transfer":
             leg.late_timer = self._loop.call_later(max(0.0, leg.source.lease_s), self._on_late, leg)
         self._begin(leg, message, num_tokens_at_most=leg.sequence.num_tokens_at_most)
@@ -436,6 +440,10 @@ class SimulatedEngine:
                 self._finish_prefill(leg)
                 continue
             delta = sequence.advance()
+            if leg.num_prompt_logprobs is not None:
+                positions = prompt_logprobs(sequence.packed_prompt, leg.num_prompt_logprobs)
+                delta = msgspec.structs.replace(delta, prompt_logprobs=positions)
+                leg.num_prompt_logprobs = None
             deltas.append(delta)
             if delta.finish_reason is not None:
                 self._end(leg)

@@ -402,6 +402,7 @@ class VllmEngine:
                 num_cached_tokens=output.num_cached_tokens
                 if finish_reason is not None and not leg.has_kv_source
                 else None,
+                prompt_logprobs=prompt_logprobs(output.prompt_logprobs),
             )
         )
 

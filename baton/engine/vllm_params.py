@@ -24,12 +24,12 @@ def prefill_params(spec: SamplingSpec, kv_transfer_params: dict[str, Any] | None
 
 
 def decode_params(spec: SamplingSpec, kv_transfer_params: dict[str, Any] | None) -> SamplingParams:
-    """Prompt logprobs were the prefill leg's: asking again would compute the whole prompt here."""
+    """Prompt logprobs only of a prompt that is computed here: they need every position of it."""
     return _params(
         spec,
         max_tokens=spec.max_tokens,
         min_tokens=spec.min_tokens,
-        prompt_logprobs=None,
+        prompt_logprobs=None if kv_transfer_params else spec.prompt_logprobs,
         kv_transfer_params=kv_transfer_params,
     )
 

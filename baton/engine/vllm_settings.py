@@ -20,6 +20,12 @@ GIB = 1 << 30
 SINGLE_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """By its full name: on CPU vLLM turns the short name `uni` into the multi-process executor."""
 
+KV_ROLES = {
+    WorkerRole.PREFILL: "kv_producer",
+    WorkerRole.DECODE: "kv_consumer",
+    WorkerRole.BOTH: "kv_both",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmEngineSettings:
@@ -146,11 +152,11 @@ def _dtype(settings: VllmEngineSettings) -> str:
 
 
 def transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
-    """Keyword arguments of vLLM's KVTransferConfig. Both roles get the same connector."""
+    """Keyword arguments of vLLM's KVTransferConfig. All roles get the same connector."""
     return {
         "kv_connector": "LeasedNixlConnector",
         "kv_connector_module_path": "baton.transfer.nixl_connector",
-        "kv_role": "kv_producer" if settings.role is WorkerRole.PREFILL else "kv_consumer",
+        "kv_role": KV_ROLES[settings.role],
         "kv_load_failure_policy": settings.kv_load_failure_policy,
         "kv_connector_extra_config": {
             "kv_lease_duration": settings.kv_lease_s,

@@ -17,6 +17,7 @@ from baton.policy.expectations import Expectations
 from baton.policy.hotspot import HotspotGuard, without_holders
 from baton.policy.kv_index import KvIndex
 from baton.policy.ledger import Ledger, Pool, Vector, WorkerAccount
+from baton.policy.lmetric import LMetric
 from baton.policy.prefix_hash import PromptHashes
 from baton.policy.room import has_room, slots_with_prefill_room, slots_with_room
 
@@ -49,6 +50,7 @@ class Router:
         ledger: Ledger,
         prefill_pool: Pool,
         decode_pool: Pool,
+        colocated_pool: Pool | None = None,
         *,
         prefill_policy: Policy,
         decode_policy: Policy,
@@ -58,10 +60,12 @@ class Router:
         seed: int = 0,
     ) -> None:
         """Without an index no hits are predicted. The same seed and the same calls give the same
-        choices."""
+        choices. `colocated_pool`: workers that serve both phases, for `choose_colocated`."""
         self._ledger = ledger
         self._prefill_pool = prefill_pool
         self._decode_pool = decode_pool
+        self._colocated_pool = Pool() if colocated_pool is None else colocated_pool
+        self._colocated_policy = LMetric()
         self._prefill_policy = prefill_policy
         self._decode_policy = decode_policy
         self._index = index
@@ -124,6 +128,13 @@ class Router:
         slots = slots_with_room(facts, self._ledger, self._decode_pool.slots)
         return choose(self._decode_policy, self._candidates(facts, slots, hits, now_s))
 
+    def choose_colocated(self, facts: RequestFacts, hits: KnownHits | None, now_s: float) -> Choice | None:
+        """One worker for both phases, by the product, which was made for this: decodes running there
+        count in its batch. None: nobody has room for both."""
+        slots = slots_with_prefill_room(facts, self._ledger, self._colocated_pool)
+        slots = slots_with_room(facts, self._ledger, slots)
+        return choose(self._colocated_policy, self._candidates(facts, slots, hits, now_s))
+
     def _candidates(
         self,
         facts: RequestFacts,
@@ -184,6 +195,11 @@ class Router:
             )
         if self._expectations is not None:
             self._expectations.expect(handoff_id, choice.slot, hits.prompt, choice.candidates.now_s)
+
+    def computes(self, handoff_id: str, slot: int, hits: KnownHits | None, now_s: float) -> None:
+        """As `committed` for a prompt that its decode worker will compute."""
+        if hits is not None and self._expectations is not None:
+            self._expectations.expect(handoff_id, slot, hits.prompt, now_s)
 
     def leg_ended(self, handoff_id: str) -> None:
         """The prompt is computed and its events are in, or the leg is over without it."""

@@ -11,6 +11,11 @@ from baton.worker.settings import WorkerSettings
 
 GIB = 1 << 30
 
+SATURATING_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Prompt tokens that keep a device busy (DistServe's L_m, OSDI'24 section 4.3). One core is busy with any
+prompt; 512 tokens fill an A100 with a 13B model, smaller models and newer devices take several times
+that, and a round trip to the coordinator must fit in beside it."""
+
 DEFAULT_LEASE_S = 30
 DEFAULT_SIMULATED_MODEL_LEN = 32_768
 
@@ -22,10 +27,18 @@ def build_engine(
     kv_lease_s: int = DEFAULT_LEASE_S,
     kv_load_failure_policy: Literal["recompute", "fail"] = "recompute",
 ) -> Engine:
-    """Prefill workers give the lease, decode workers have the failure policy."""
+    """Who prefills gives the lease, who decodes has the failure policy."""
     if settings.engine == "simulated":
         return _simulated(settings, kv_lease_s, kv_load_failure_policy)
     return _vllm(settings, role, kv_lease_s, kv_load_failure_policy)
+
+
+def prefill_window_tokens(settings: WorkerSettings, wished: int | None) -> int | None:
+    """Prompt tokens a worker takes ahead of what it has computed. More would only wait for each other,
+    and a queue in the engine can neither be reordered nor be sent to another worker."""
+    if wished is None and settings.engine == "vllm":
+        return SATURATING_TOKENS[settings.device]
+    return wished
 
 
 def _simulated(

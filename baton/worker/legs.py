@@ -105,8 +105,8 @@ class LegTable:
         return self._legs.pop(handoff_id)
 
     def _refusal(self, message: StartPrefill | StartDecode) -> ServingError | None:
-        is_for_us = isinstance(message, StartPrefill) == (self._role is WorkerRole.PREFILL)
-        if not is_for_us:
+        phase = WorkerRole.PREFILL if isinstance(message, StartPrefill) else WorkerRole.DECODE
+        if phase not in self._role.phases:
             return InvalidRequest(f"a {self._role.value} worker cannot serve {type(message).__name__}")
         if self.is_draining:
             return Draining("this worker is leaving and takes no new legs")

@@ -31,6 +31,7 @@ def test_a_decode_leg_says_what_the_client_said() -> None:
     assert params.structured_outputs is not None
     assert params.structured_outputs.regex == "a+"
     assert params.prompt_logprobs is None  # the prefill leg gave them
+    assert decode_params(FULL, None).prompt_logprobs == 1  # there was none: the prompt is computed here
     assert params.extra_args == {"kv_transfer_params": {"do_remote_prefill": True}}
     assert params.n == 1
     assert params.detokenize

@@ -37,6 +37,13 @@ def table(role=WorkerRole.PREFILL):
     return LegTable(role, max_model_len=16)
 
 
+def test_a_worker_for_both_phases_takes_both_kinds_of_legs():
+    legs = table(WorkerRole.BOTH)
+    assert isinstance(legs.on_start(prefill("h1"), 0.0), Start)
+    assert isinstance(legs.on_start(decode("h2"), 0.0), Start)
+    assert len(legs) == 2
+
+
 def test_a_leg_starts_once_and_ends_once():
     """
     1. a start message: the engine gets it
