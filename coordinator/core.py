@@ -90,6 +90,7 @@ class Core:
             self.fleet.ledger,
             self.fleet.accounts(WorkerRole.PREFILL),
             self.fleet.accounts(WorkerRole.DECODE),
+            self.fleet.colocated,
             prefill_policy=prefill_policy,
             decode_policy=decode_policy,
         )
@@ -235,15 +236,17 @@ class Core:
         legs = self._legs
         for delta in message.deltas:
             request = legs.get(delta.handoff_id)
-            if request is None or request.decode_worker != worker.worker_id:
+            if request is None or request.decode_worker != worker.worker_id or request.is_prefilled_elsewhere:
                 self._log_dropped("delta", delta.handoff_id, worker)
                 continue
             if request.state is not RequestState.DECODING:
-                self._first_decode_delta(request, now_s)
+                self._first_decode_delta(request, delta, now_s)
             request.num_output_tokens += len(delta.token_ids)
             request.progress_s = now_s
             actions.append(Deliver(request.sink, delta, request.placement))
             if delta.finish_reason is not None:
+                if delta.num_cached_tokens is not None:
+                    request.num_cached_tokens = delta.num_cached_tokens
                 actions += self._finish(request, Outcome.COMPLETED, now_s, last=delta)
                 is_room_freed = True
         if is_room_freed:
@@ -274,8 +277,7 @@ class Core:
             limit_s = self._phase_limit_s(request.state)
             if now_s - request.progress_s <= limit_s:
                 continue
-            is_prefill = request.state is RequestState.PREFILLING
-            worker_id = request.prefill_worker if is_prefill else request.decode_worker
+            worker_id = request.prefill_worker if request.is_prefilled_elsewhere else request.decode_worker
             error = PhaseTimeout(
                 f"no progress in {request.state.value} for {limit_s:g} s"
                 + (f" on worker {worker_id}" if worker_id else ""),
@@ -329,22 +331,33 @@ class Core:
         )
         # Decode first: whoever is asked for prefill remembers the answer.
         decode: WorkerAccount | None = None
-        if request.needs_decode:
+        prefill: WorkerAccount | None = None
+        if request.needs_decode and self.fleet.is_colocated:
+            choice = self._router.choose_colocated(facts, None, now_s)
+            if choice is None:
+                return None
+            decode = prefill = choice.account
+        elif request.needs_decode:
             decode = self._router.place_decode(facts, now_s)
             if decode is None:
                 return None
-        prefill: WorkerAccount | None = None
-        if request.prompt_token_ids is None:
+        if request.prompt_token_ids is None and prefill is None:
             # What a worker cannot start on yet stays here, where it can still go elsewhere.
             prefill = self._router.place_prefill(facts, now_s)
             if prefill is None:
                 return None
-        self._open_attempt(request, facts, prefill, decode)
-        if prefill is None:  # the prompt was computed before, its KV is lost: compute it on decode
+        if request.prompt_token_ids is not None:  # computed before, and its KV is lost: again, on decode
+            self._open_attempt(request, facts, None, decode)
             request.move(RequestState.HANDING_OFF, now_s)
             return self._start_decode(request, None, now_s)
+        request.choose_first_token(is_on_one_worker=prefill is decode)
+        self._open_attempt(request, facts, prefill, decode)
         request.dispatched_s = now_s
         request.move(RequestState.PREFILLING, now_s)
+        assert prefill is not None
+        if prefill is decode:
+            request.prompt_token_ids = request.submission.prompt_token_ids
+            return self._start_decode(request, None, now_s)
         is_token_wanted = request.first_token_by is WorkerRole.PREFILL
         message = StartPrefill(
             handoff_id=request.handoff_id,
@@ -367,7 +380,9 @@ class Core:
         request.handoff_id = f"h{self._boot_id}-{self._num_handoffs:x}"
         self._legs[request.handoff_id] = request
         if prefill is not None:
-            request.prefill_worker = request.last_prefill_worker = prefill.worker_id
+            request.last_prefill_worker = prefill.worker_id
+        if prefill is not None and prefill is not decode:
+            request.prefill_worker = prefill.worker_id
             num_tokens = facts.num_prompt_tokens
             prefill.commit(
                 request.handoff_id,
@@ -379,7 +394,7 @@ class Core:
             request.decode_worker = request.last_decode_worker = decode.worker_id
             decode.commit(
                 request.handoff_id,
-                num_queued_tokens=0,
+                num_queued_tokens=facts.num_prompt_tokens if prefill is decode else 0,
                 num_blocks=num_blocks_wanted(facts, decode),
                 num_kv_tokens=facts.num_prompt_tokens,
             )
@@ -393,7 +408,7 @@ class Core:
                 max_tokens=sampling.max_tokens - num_given,
                 min_tokens=max(0, sampling.min_tokens - num_given),
             )
-        if sampling.prompt_logprobs is not None:  # the prefill worker has given them
+        if request.prompt_logprobs is not None:  # the prefill worker has given them
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         assert request.decode_worker is not None and request.prompt_token_ids is not None
         worker = self.fleet.get(request.decode_worker)
@@ -407,7 +422,13 @@ class Core:
         )
         return Send(request.decode_worker, message)
 
-    def _first_decode_delta(self, request: Request, now_s: float) -> None:
+    def _first_decode_delta(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
+        if request.state is RequestState.PREFILLING:  # here, on the decode worker
+            request.prefill_finished_s = now_s
+            request.prompt_logprobs = delta.prompt_logprobs
+            worker = self.fleet.get(request.decode_worker or "")
+            if worker is not None:
+                worker.account.prefill_done(request.handoff_id)
         request.move(RequestState.DECODING, now_s)
         request.first_decode_s = now_s
         if request.prefill_worker is not None:  # the KV has been read: that worker is done with us
@@ -434,6 +455,8 @@ class Core:
         )  # fmt: skip
         actions = self._close_attempt(request)
         request.kv_source = None
+        if is_prefill:
+            request.prompt_token_ids = None
         request.move(RequestState.QUEUED, now_s)
         self._queue.appendleft(request)
         return actions
@@ -452,10 +475,8 @@ class Core:
 
     @staticmethod
     def _has_work(request: Request, worker_id: str) -> bool:
-        """A decode worker knows nothing of a request before it is told to start."""
-        if worker_id == request.prefill_worker:
-            return True
-        return request.state in (RequestState.HANDING_OFF, RequestState.DECODING)
+        """A decode worker knows nothing of a request that is being prefilled elsewhere."""
+        return worker_id == request.prefill_worker or not request.is_prefilled_elsewhere
 
     def _finish(
         self,

@@ -47,9 +47,8 @@ class Request:
         self.prompt_token_ids: bytes | None = None
         """What the decode worker continues from; set once the prompt has been computed."""
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
-        reason = reason_for_decode(submission.sampling)
-        self.first_token_by = WorkerRole.PREFILL if reason is None else WorkerRole.DECODE
-        self.first_token_reason = reason or "ready when prefill ends"
+        self.first_token_by = WorkerRole.PREFILL
+        self.first_token_reason = ""
         self.placement = Placement()
         self.submitted_s = self.progress_s = self.entered_s = now_s
         self.dispatched_s: float | None = None
@@ -63,6 +62,18 @@ class Request:
     @property
     def needs_decode(self) -> bool:
         return self.submission.sampling.max_tokens > 1
+
+    @property
+    def is_prefilled_elsewhere(self) -> bool:
+        """A prefill worker is at work; the decode worker has not heard of this request."""
+        return self.state is RequestState.PREFILLING and self.prefill_worker is not None
+
+    def choose_first_token(self, *, is_on_one_worker: bool) -> None:
+        """For an attempt that computes the prompt."""
+        reason = "one worker for both phases" if is_on_one_worker else None
+        reason = reason or reason_for_decode(self.submission.sampling)
+        self.first_token_by = WorkerRole.PREFILL if reason is None else WorkerRole.DECODE
+        self.first_token_reason = reason or "ready when prefill ends"
 
     def move(self, state: RequestState, now_s: float) -> None:
         """Raises IllegalMove and changes nothing if the table does not list the move."""

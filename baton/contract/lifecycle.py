@@ -32,7 +32,8 @@ class RequestState(Enum):
     QUEUED = "queued"
     """Accepted; waits for a prefill worker and room on a decode worker."""
     PREFILLING = "prefilling"
-    """A prefill worker computes the prompt's KV; blocks are reserved on the decode worker."""
+    """A prefill worker computes the prompt's KV while blocks are reserved on the decode worker; or the
+    decode worker computes it itself."""
     HANDING_OFF = "handing_off"
     """The decode worker has been told to fetch the KV; no token of it has arrived yet."""
     DECODING = "decoding"
@@ -47,7 +48,8 @@ LEGAL_MOVES: dict[RequestState, frozenset[RequestState]] = {
         {RequestState.PREFILLING, RequestState.HANDING_OFF, RequestState.FINISHED}
     ),
     RequestState.PREFILLING: frozenset(
-        {RequestState.HANDING_OFF, RequestState.QUEUED, RequestState.FINISHED}
+        # Straight to DECODING: the prompt was computed where it is decoded.
+        {RequestState.HANDING_OFF, RequestState.DECODING, RequestState.QUEUED, RequestState.FINISHED}
     ),
     RequestState.HANDING_OFF: frozenset({RequestState.DECODING, RequestState.QUEUED, RequestState.FINISHED}),
     RequestState.DECODING: frozenset({RequestState.FINISHED}),

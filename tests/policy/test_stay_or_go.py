@@ -132,7 +132,9 @@ def test_a_longer_queue_or_a_slower_wire_never_makes_going_chosen(seed):
             num_waiting=max(1, question.prefill.num_waiting),
         )
         assert costs(replace(question, prefill=queued), pace).stays
-        slower = replace(pace, handoff_per_byte_s=pace.handoff_per_byte_s * 2, handoff_s=pace.handoff_s + 0.01)
+        slower = replace(
+            pace, handoff_per_byte_s=pace.handoff_per_byte_s * 2, handoff_s=pace.handoff_s + 0.01
+        )
         assert costs(question, slower).stays
 
 

@@ -56,6 +56,15 @@ def test_a_2p2d_fleet_grows_shrinks_and_stops(checkout: Checkout, coordinator: d
     assert checkout.records() == {}
 
 
+def test_workers_for_both_phases_are_a_fleet(checkout: Checkout, coordinator: dict[str, int]):
+    output = start_fleet(checkout, "both", coordinator, "--num-workers", "2")
+    assert output.count("ready after") == 2
+    assert complete(coordinator["http"])["usage"]["completion_tokens"] == 4
+    assert set(checkout.records()) == {"coordinator", "both-1", "both-2"}
+    assert checkout.run("stop_fleet.sh").returncode == 0
+    assert checkout.records() == {}
+
+
 def test_a_prompt_is_submitted_by_script(checkout: Checkout, tmp_path: Path):
     model = str(build_demo_model(tmp_path / "model"))
     ports = free_ports()
