@@ -1,0 +1,21 @@
+"""One engine worker without an engine: time goes in, steps come out, nothing waits and nothing is sent.
+
+`SimulatedWorker` is stepped by whoever drives it: `baton.replay` in virtual time, the simulated
+engine (`baton.engine.simulated`) in real time.
+"""
+
+from baton.simulation.kv_cache import PrefixCache
+from baton.simulation.legs import Fetch, FinishedLeg, HeldKv, PlannedStep, StepResult
+from baton.simulation.settings import SimulatedWorkerSettings
+from baton.simulation.worker import SimulatedWorker
+
+__all__ = [
+    "Fetch",
+    "FinishedLeg",
+    "HeldKv",
+    "PlannedStep",
+    "PrefixCache",
+    "SimulatedWorker",
+    "SimulatedWorkerSettings",
+    "StepResult",
+]

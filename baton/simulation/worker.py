@@ -1,0 +1,475 @@
+"""One engine worker: queue, batch, chunks, KV blocks and leases, stepped by its driver.
+
+    step = worker.begin_step(now_s, max_num_steps=...)     None: nothing to compute
+    ... until step.end_s, or earlier: worker.cut(now_s) says when the step in progress ends ...
+    result = worker.end_step()
+
+A step is made as vLLM makes it. Running legs first, oldest first: a decoding one gets a token, a
+prompt gets what is left of the token budget. Then waiting legs are admitted while there is budget, a
+place in the batch, and blocks for all tokens of the leg; one that does not fit holds up those behind
+it, so none starves. A leg that grows over its blocks when none is free makes the youngest one lose
+its own; that leg waits in front and computes everything again, less what the prefix cache still has.
+
+A decode leg whose KV comes from elsewhere takes its place and its blocks first and appears in
+`take_fetches`; its driver says what came of it (`kv_arrived`, `kv_lost`).
+
+As long as nobody joins, finishes or runs out of blocks, decode steps only differ by one context
+token per leg, so many of them are one `PlannedStep`: their time is the sum of an arithmetic series
+(`StepTime` is linear in context). Prefix lookups, evictions and announcements work on the blocks of
+one hash at a time (`kv_cache`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from baton.contract.messages import WorkerLoad
+from baton.contract.tokens import TOKEN_BYTES
+from baton.policy.kv_feed import BlocksRemoved, BlocksStored, KvEvent
+from baton.simulation.kv_cache import PrefixCache, Run
+from baton.simulation.legs import Fetch, FinishedLeg, HeldKv, Leg, PlannedStep, StepResult
+from baton.simulation.settings import SimulatedWorkerSettings
+from baton.step_time import StepTime, StepWork, prefill_pairs
+
+
+class SimulatedWorker:
+    def __init__(self, settings: SimulatedWorkerSettings, step_time: StepTime) -> None:
+        self.settings = settings
+        self.step_time = step_time
+        self.cache = PrefixCache(settings.num_blocks, settings.blocks_per_hash)
+        self.num_prefill_tokens_done = 0
+        self.num_preemptions = 0
+        self.busy_s = 0.0
+        """Spent in steps that have ended."""
+        self._legs: dict[str, Leg] = {}
+        # A leg is in `_legs` and in exactly one of these.
+        self._waiting: OrderedDict[str, Leg] = OrderedDict()
+        self._fetching: dict[str, Leg] = {}
+        self._running: dict[str, Leg] = {}
+        self._holds: dict[str, tuple[HeldKv, list[Run], int]] = {}
+        """Blocks of finished prefills, by leg id; all leases are equally long, so the oldest ends first."""
+        self._new_fetches: list[Fetch] = []
+        self._preempted: list[str] = []
+        self._plan: PlannedStep | None = None
+        self._decodes: list[Leg] = []
+        self._chunks: list[tuple[Leg, int]] = []
+        self._events: list[KvEvent] = []
+        """Since the last step ended, in order."""
+
+    # ── facts ────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def num_legs(self) -> int:
+        return len(self._legs)
+
+    @property
+    def plan(self) -> PlannedStep | None:
+        """The step in progress."""
+        return self._plan
+
+    def leg(self, leg_id: str) -> Leg | None:
+        return self._legs.get(leg_id)
+
+    def load(self) -> WorkerLoad:
+        num_waiting = len(self._waiting) + len(self._fetching)
+        return WorkerLoad(
+            num_running=len(self._running),
+            num_waiting=num_waiting,
+            num_free_blocks=self.cache.num_free_blocks,
+            num_prefill_tokens_done=self.num_prefill_tokens_done,
+            num_preemptions=self.num_preemptions,
+        )
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.settings.block_size_tokens)
+
+    def can_ever_hold(self, num_tokens: int) -> bool:
+        """Prompt and all output together; a leg that cannot is not to be added."""
+        return self.num_blocks_for(num_tokens) <= self.settings.num_blocks
+
+    # ── legs come and go ─────────────────────────────────────────────────────────────────────
+
+    def add_prefill(
+        self,
+        leg_id: str,
+        num_prompt_tokens: int,
+        hashes: Sequence[int],
+        now_s: float,
+        *,
+        keep_kv: bool,
+        packed: bytes = b"",
+        namespace: str = "",
+    ) -> None:
+        """Compute a prompt and one token. `hashes` name the prompt's blocks in chains, `blocks_per_hash`
+        at a time; a last one may name fewer. `packed` are its tokens, only needed for KV events."""
+        leg = Leg(leg_id, num_prompt_tokens, 1, hashes, packed, namespace, now_s)
+        leg.is_prefill, leg.keeps_kv = True, keep_kv
+        self._add(leg)
+
+    def add_decode(
+        self,
+        leg_id: str,
+        num_prompt_tokens: int,
+        num_output_tokens: int,
+        hashes: Sequence[int],
+        now_s: float,
+        *,
+        is_kv_on_its_way: bool,
+        packed: bytes = b"",
+        namespace: str = "",
+    ) -> None:
+        """Compute output. Without KV from elsewhere the prompt is computed here, first."""
+        leg = Leg(leg_id, num_prompt_tokens, num_output_tokens, hashes, packed, namespace, now_s)
+        leg.is_kv_on_its_way = is_kv_on_its_way
+        self._add(leg)
+
+    def _add(self, leg: Leg) -> None:
+        assert leg.leg_id not in self._legs, f"{leg.leg_id} is in flight"
+        assert leg.num_prompt_tokens > 0 and leg.num_output_tokens > 0
+        assert self.can_ever_hold(leg.num_prompt_tokens + leg.num_output_tokens - 1), leg.leg_id
+        self._legs[leg.leg_id] = leg
+        self._waiting[leg.leg_id] = leg
+
+    def end_early(self, leg_id: str) -> bool:
+        """Stop a leg and free what it has, or let go of a finished prefill's KV. Also while a step runs:
+        it takes its time all the same. False: nothing is known of it."""
+        leg = self._legs.pop(leg_id, None)
+        if leg is None:
+            return self.release(leg_id)
+        for place in (self._running, self._waiting, self._fetching):
+            place.pop(leg_id, None)
+        self._free(leg)
+        return True
+
+    def take_fetches(self) -> list[Fetch]:
+        """Decode legs that got their blocks since the last call."""
+        fetches, self._new_fetches = self._new_fetches, []
+        return fetches
+
+    def kv_arrived(self, leg_id: str, num_tokens: int | None = None) -> None:
+        """KV of so many prompt tokens (None: all) is in the leg's blocks; it joins the next step."""
+        leg = self._fetching.pop(leg_id)
+        leg.is_kv_on_its_way = False
+        limit = leg.num_prompt_tokens - 1  # logits do not travel: the last position is computed here
+        leg.num_kv_tokens = max(leg.num_kv_tokens, limit if num_tokens is None else min(num_tokens, limit))
+        leg.is_decoding = leg.num_uncomputed == 1
+        self._running[leg_id] = leg
+        self._name_computed(leg, leg.num_prompt_tokens if leg.is_decoding else leg.num_kv_tokens)
+
+    def kv_lost(self, leg_id: str) -> None:
+        """Nothing came, or nothing will: the leg computes its prompt itself."""
+        leg = self._legs[leg_id]
+        leg.is_kv_on_its_way = False
+        if self._fetching.pop(leg_id, None) is not None:
+            self._running[leg_id] = leg
+
+    # ── held KV ──────────────────────────────────────────────────────────────────────────────
+
+    def release(self, leg_id: str) -> bool:
+        """A finished prefill's KV has been read. False: its lease had ended."""
+        hold = self._holds.pop(leg_id, None)
+        if hold is None:
+            return False
+        self.cache.leave(hold[1], hold[2])
+        return True
+
+    def expire(self, now_s: float) -> None:
+        while (end_s := self.next_lease_end_s) is not None and end_s <= now_s:
+            self.release(next(iter(self._holds)))
+
+    @property
+    def next_lease_end_s(self) -> float | None:
+        for hold, _, _ in self._holds.values():
+            return hold.end_s
+        return None
+
+    @property
+    def num_holds(self) -> int:
+        return len(self._holds)
+
+    # ── stepping ─────────────────────────────────────────────────────────────────────────────
+
+    def begin_step(self, now_s: float, max_num_steps: int = 1) -> PlannedStep | None:
+        """Plan what is computed next. More than one step only if all do the same: see `PlannedStep`."""
+        assert self._plan is None, "the step before has not ended"
+        if self._holds:
+            self.expire(now_s)
+        budget = self.settings.max_num_batched_tokens
+        decodes = self._decodes = []
+        chunks = self._chunks = []
+        num_context_tokens = 0
+        block_size, num_preemptions = self.settings.block_size_tokens, self.num_preemptions
+        for leg in list(self._running.values()):
+            if not budget or leg.leg_id not in self._running:
+                break
+            if not leg.is_decoding:
+                budget -= self._add_chunk(leg, budget)
+                continue
+            if leg.num_kv_tokens >= leg.num_blocks * block_size and not self._grow(leg):
+                break
+            budget -= 1
+            decodes.append(leg)
+            num_context_tokens += leg.num_kv_tokens + 1
+        # Who has just lost its blocks would only take them back.
+        if self._waiting and num_preemptions == self.num_preemptions:
+            self._admit(budget)
+        if not decodes and not chunks:
+            return None
+        num_steps = 1
+        if decodes and not chunks and max_num_steps > 1:
+            num_steps = min(max_num_steps, min([leg.num_outputs_left for leg in decodes]))
+            num_steps = self._fit(decodes, num_steps)
+        num_prefill_tokens, pairs = 0, 0.0
+        for leg, chunk in chunks:
+            num_prefill_tokens += chunk
+            pairs += prefill_pairs(chunk, leg.num_kv_tokens)
+            if leg.first_step_s is None:
+                leg.first_step_s = now_s
+        for leg in decodes:
+            if leg.first_step_s is None:
+                leg.first_step_s = now_s
+        work = StepWork(num_prefill_tokens, pairs, len(decodes), num_context_tokens)
+        self._plan = PlannedStep(work, num_steps, now_s, now_s + self._steps_s(work, num_steps))
+        return self._plan
+
+    def cut(self, now_s: float) -> float:
+        """Somebody wants to join: end with the step in progress now. Returns when that is."""
+        plan = self._plan
+        assert plan is not None
+        if plan.num_steps > 1:
+            elapsed_s = now_s - plan.start_s
+            low, high = 1, plan.num_steps
+            while low < high:
+                middle = (low + high) // 2
+                if self._steps_s(plan.work, middle) >= elapsed_s:
+                    high = middle
+                else:
+                    low = middle + 1
+            if low < plan.num_steps:
+                plan = PlannedStep(plan.work, low, plan.start_s, plan.start_s + self._steps_s(plan.work, low))
+                self._plan = plan
+        return plan.end_s
+
+    def end_step(self) -> StepResult:
+        """What came of the planned step, or of what `cut` left of it."""
+        plan = self._plan
+        assert plan is not None, "no step was begun"
+        self._plan = None
+        num_steps, now_s = plan.num_steps, plan.end_s
+        self.busy_s += now_s - plan.start_s
+        result = StepResult(num_steps, now_s)
+        result.preempted, self._preempted = self._preempted, []
+        legs, block_size = self._legs, self.settings.block_size_tokens
+        tokens, num_missing = result.tokens, 0
+        for leg in self._decodes:
+            if leg.leg_id not in legs:
+                continue
+            leg.num_kv_tokens += num_steps
+            leg.num_outputs_done += num_steps
+            tokens.append((leg.leg_id, num_steps))
+            grown = -(-leg.num_kv_tokens // block_size) - leg.num_blocks
+            if grown > 0:
+                leg.num_blocks += grown
+                leg.num_own_blocks += grown
+                num_missing += grown
+            if leg.num_outputs_done >= leg.num_output_tokens:
+                result.finished.append(self._finished(leg))
+        if num_missing:
+            has_them = self.cache.take(num_missing)
+            assert has_them, "blocks were counted when the step was planned"
+        for finished in result.finished:
+            self._end(legs[finished.leg_id])
+        for leg, chunk in self._chunks:
+            if leg.leg_id not in legs:
+                continue
+            result.num_prefill_tokens += chunk
+            leg.num_kv_tokens += chunk
+            if leg.num_uncomputed:
+                continue
+            leg.num_outputs_done += 1
+            if leg.is_prefill:
+                result.finished_prefills.append(self._finish_prefill(leg, now_s))
+                continue
+            tokens.append((leg.leg_id, 1))
+            leg.is_decoding = True
+            if leg.num_outputs_done >= leg.num_output_tokens:
+                result.finished.append(self._finished(leg))
+                self._end(leg)
+        self.num_prefill_tokens_done += result.num_prefill_tokens
+        self._announce_forgotten()
+        result.events, self._events = tuple(self._events), []
+        return result
+
+    # ── inside a step ────────────────────────────────────────────────────────────────────────
+
+    def _steps_s(self, work: StepWork, num_steps: int) -> float:
+        if num_steps == 1:
+            return self.step_time.step_s(work)
+        # Each reads one more token per leg than the one before, and time is linear in that.
+        last = StepWork(
+            work.num_prefill_tokens,
+            work.num_prefill_pairs,
+            work.num_decodes,
+            work.num_context_tokens + work.num_decodes * (num_steps - 1),
+        )
+        return num_steps * (self.step_time.step_s(work) + self.step_time.step_s(last)) / 2
+
+    def _add_chunk(self, leg: Leg, budget: int) -> int:
+        """The next part of a prompt. As in vLLM its blocks can be found by whoever is planned after it,
+        in the same step."""
+        chunk = min(leg.num_uncomputed, budget)
+        self._chunks.append((leg, chunk))
+        self._name_computed(leg, leg.num_kv_tokens + chunk)
+        return chunk
+
+    def _admit(self, budget: int) -> None:
+        settings, cache = self.settings, self.cache
+        num_places = settings.max_batch_size - len(self._running) - len(self._fetching)
+        while budget and num_places > 0 and self._waiting:
+            leg = next(iter(self._waiting.values()))
+            runs: list[Run] = []
+            num_hits = 0
+            if settings.has_prefix_cache:
+                max_hits = (leg.num_prompt_tokens - 1) // settings.block_size_tokens
+                runs = cache.match(leg.hashes, max_hits)
+                num_hits = cache.num_hit_blocks(runs, max_hits)
+            num_blocks = self.num_blocks_for(leg.num_tokens)
+            if num_blocks - num_hits > cache.num_free_blocks - cache.num_idle_blocks(runs):
+                return
+            cache.use(runs)
+            cache.take(num_blocks - num_hits)
+            del self._waiting[leg.leg_id]
+            num_places -= 1
+            leg.runs, leg.num_blocks, leg.num_own_blocks = runs, num_blocks, num_blocks - num_hits
+            leg.num_named = len(runs)
+            if runs and runs[-1].num_blocks < settings.blocks_per_hash:
+                leg.num_named -= 1
+            leg.num_kv_tokens = num_hits * settings.block_size_tokens
+            if leg.num_cached_tokens is None:
+                leg.num_cached_tokens = leg.num_kv_tokens
+            if leg.is_kv_on_its_way:
+                self._fetching[leg.leg_id] = leg
+                self._new_fetches.append(Fetch(leg.leg_id, leg.num_prompt_tokens - leg.num_kv_tokens))
+            else:
+                self._running[leg.leg_id] = leg
+                budget -= self._add_chunk(leg, budget)
+
+    def _grow(self, leg: Leg) -> bool:
+        """One more block; if none is free, the youngest leg loses its own. False: that was this one."""
+        while not self.cache.take(1):
+            victim = self._preempt()
+            if victim is leg:
+                return False
+        leg.num_blocks += 1
+        leg.num_own_blocks += 1
+        return True
+
+    def _fit(self, decodes: list[Leg], num_steps: int) -> int:
+        """As many of these steps as there are blocks for; the first one has its blocks."""
+        num_free, block_size = self.cache.num_free_blocks, self.settings.block_size_tokens
+        if len(decodes) * (num_steps // block_size + 1) <= num_free:
+            return num_steps
+        low, high = 1, num_steps
+        while low < high:
+            middle = (low + high + 1) // 2
+            num_missing = 0
+            for leg in decodes:
+                grown = -(-(leg.num_kv_tokens + middle) // block_size) - leg.num_blocks
+                if grown > 0:
+                    num_missing += grown
+            if num_missing <= num_free:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _preempt(self) -> Leg:
+        leg_id, leg = self._running.popitem()
+        self._free(leg)
+        self._waiting[leg_id] = leg
+        self._waiting.move_to_end(leg_id, last=False)
+        self._preempted.append(leg_id)
+        self.num_preemptions += 1
+        return leg
+
+    def _free(self, leg: Leg) -> None:
+        self.cache.leave(leg.runs, leg.num_own_blocks)
+        leg.runs, leg.num_blocks, leg.num_own_blocks, leg.num_named = [], 0, 0, 0
+        leg.num_kv_tokens = 0
+        leg.is_decoding = False
+
+    def _end(self, leg: Leg) -> None:
+        del self._legs[leg.leg_id]
+        del self._running[leg.leg_id]
+        self._free(leg)
+
+    def _finished(self, leg: Leg) -> FinishedLeg:
+        assert leg.num_cached_tokens is not None and leg.first_step_s is not None
+        return FinishedLeg(leg.leg_id, leg.num_cached_tokens, leg.first_step_s)
+
+    def _finish_prefill(self, leg: Leg, now_s: float) -> FinishedLeg:
+        finished = self._finished(leg)
+        if leg.keeps_kv:
+            finished.held = HeldKv(leg.leg_id, leg.num_blocks, now_s + self.settings.kv_lease_s)
+            self._holds[leg.leg_id] = (finished.held, leg.runs, leg.num_own_blocks)
+            leg.runs, leg.num_own_blocks = [], 0
+        self._end(leg)
+        return finished
+
+    def _name_computed(self, leg: Leg, num_tokens: int) -> None:
+        """Others may find the full blocks of the first `num_tokens` of a prompt from now on."""
+        settings = self.settings
+        if not settings.has_prefix_cache:
+            return
+        full, hash_tokens = settings.blocks_per_hash, settings.hash_tokens
+        hashes, runs, cache = leg.hashes, leg.runs, self.cache
+        position = first = leg.num_named
+        while position < len(hashes):
+            size = full
+            if (position + 1) * hash_tokens > num_tokens:
+                if num_tokens < leg.num_prompt_tokens:
+                    break
+                size = (leg.num_prompt_tokens - position * hash_tokens) // settings.block_size_tokens
+                if not size:
+                    break
+            if len(runs) > position:
+                run = runs[position]
+                if run.name is not None and run.num_blocks < size:
+                    leg.num_own_blocks -= size - run.num_blocks
+                    run.num_blocks = size
+            else:
+                taken = cache.name(hashes[position], size)
+                if taken is None:
+                    break
+                run = taken
+                leg.num_own_blocks -= size
+                runs.append(run)
+            if size < full:
+                break
+            position += 1
+            if not settings.has_kv_events or run.is_announced or run.num_blocks < full:
+                if first < position - 1:
+                    self._announce(leg, first, position - 1)
+                first = position
+            else:
+                run.is_announced = True
+        leg.num_named = position
+        if first < position:
+            self._announce(leg, first, position)
+
+    def _announce(self, leg: Leg, first: int, end: int) -> None:
+        num_bytes = self.settings.hash_tokens * TOKEN_BYTES
+        event = BlocksStored(
+            block_hashes=list(leg.hashes[first:end]),
+            parent_hash=leg.hashes[first - 1] if first else None,
+            token_ids=leg.packed[first * num_bytes : end * num_bytes],
+            namespace=leg.namespace,
+        )
+        self._announce_forgotten()
+        self._events.append(event)
+
+    def _announce_forgotten(self) -> None:
+        if self.cache.forgotten:
+            self._events.append(BlocksRemoved(block_hashes=self.cache.forgotten))
+            self.cache.forgotten = []
