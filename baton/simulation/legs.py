@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from baton.policy.kv_feed import KvEvent
+from baton.contract.messages import KvEvent
 from baton.simulation.kv_cache import Run
 from baton.step_time import StepWork
 

@@ -24,9 +24,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from baton.contract.messages import WorkerLoad
+from baton.contract.messages import BlocksRemoved, BlocksStored, KvEvent, WorkerLoad
 from baton.contract.tokens import TOKEN_BYTES
-from baton.policy.kv_feed import BlocksRemoved, BlocksStored, KvEvent
 from baton.simulation.kv_cache import PrefixCache, Run
 from baton.simulation.legs import Fetch, FinishedLeg, HeldKv, Leg, PlannedStep, StepResult
 from baton.simulation.settings import SimulatedWorkerSettings

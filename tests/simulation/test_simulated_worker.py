@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from baton.contract.messages import BlocksRemoved, BlocksStored
 from baton.contract.tokens import pack_token_ids
-from baton.policy.kv_feed import BlocksRemoved, BlocksStored, KvFeeds
+from baton.policy.kv_feed import KvFeeds
 from baton.policy.kv_index import KvIndex
 from baton.simulation import SimulatedWorker, SimulatedWorkerSettings
 from baton.step_time import LinearStepTime, StepWork
