@@ -165,7 +165,7 @@ class Coordinator:
             case PrefillFinished():
                 self._perform(self._core.prefill_finished(worker, message, now_s))
             case Heartbeat():
-                self._core.heartbeat(worker, message, now_s)
+                self._perform(self._core.heartbeat(worker, message, now_s))
             case KvEvents():
                 self._perform(self._core.kv_events(worker, message, now_s))
             case LegFailed():

@@ -39,21 +39,20 @@ from baton.contract.messages import (
     PrefillFinished,
     RegisterWorker,
     SequenceDelta,
-    StartDecode,
-    StartPrefill,
     StepOutputs,
 )
 from baton.contract.tokens import pack_token_ids
-from baton.policy.base import Policy, RequestFacts
+from baton.policy.base import Policy
 from baton.policy.ledger import WorkerAccount
-from baton.policy.room import num_blocks_wanted
-from baton.policy.router import Router
 from coordinator.actions import Action, Deliver, Finish, Send
 from coordinator.admission import check_acceptable
+from coordinator.dispatch import Dispatch
 from coordinator.drain_rate import DrainRate
-from coordinator.first_token import is_usable, prefill_spec
+from coordinator.first_token import is_usable
 from coordinator.fleet import FleetView, Worker
 from coordinator.intake import FleetFacts, ResultSink, Submission
+from coordinator.legs import start_decode, start_prefill, with_lease_left
+from coordinator.prefixes import FleetPrefixes
 from coordinator.request import Request, final_report
 
 logger = logging.getLogger("baton.coordinator")
@@ -73,6 +72,8 @@ class CoreSettings:
     """Longest silence between two tokens."""
     expected_output_tokens: int = 256
     """Growth reserved for a request that asks for more; the engine preempts if it was too little."""
+    kv_index_bytes: int = 2 * 1024**3
+    """Most memory for the index of who holds which prefix; beyond it the least used is forgotten."""
 
 
 class Core:
@@ -86,13 +87,12 @@ class Core:
         self.fleet = FleetView()
         self.is_draining = False
         self._settings = settings
-        self._router = Router(
-            self.fleet.ledger,
-            self.fleet.accounts(WorkerRole.PREFILL),
-            self.fleet.accounts(WorkerRole.DECODE),
-            self.fleet.colocated,
-            prefill_policy=prefill_policy,
-            decode_policy=decode_policy,
+        self._dispatch = Dispatch(
+            self.fleet,
+            prefill_policy,
+            decode_policy,
+            expected_output_tokens=settings.expected_output_tokens,
+            kv_index_bytes=settings.kv_index_bytes,
         )
         self._boot_id = boot_id
         self._num_handoffs = 0
@@ -113,6 +113,10 @@ class Core:
     @property
     def num_queued(self) -> int:
         return len(self._queue)
+
+    @property
+    def prefixes(self) -> FleetPrefixes:
+        return self._dispatch.prefixes
 
     def facts(self) -> FleetFacts:
         key = (self.fleet.num_changes, self.is_draining)
@@ -157,13 +161,15 @@ class Core:
         actions = []
         if self.fleet.get(registration.worker_id) is not None:
             actions = self.worker_lost(registration.worker_id, "it registered again", now_s)
-        self.fleet.add(registration, peer, now_s)
+        self._dispatch.worker_joined(self.fleet.add(registration, peer, now_s))
         return actions + self._pump(now_s)
 
     def worker_lost(self, worker_id: str, reason: str, now_s: float) -> list[Action]:
         """Its legs are gone; every request that depended on one is retried or failed by name."""
-        if self.fleet.remove(worker_id) is None:
+        worker = self.fleet.remove(worker_id)
+        if worker is None:
             return []
+        self._dispatch.worker_left(worker)
         actions: list[Action] = []
         for request in list(self._requests.values()):
             if worker_id == request.decode_worker or (
@@ -180,9 +186,9 @@ class Core:
     def worker_leaving(self, worker: Worker) -> None:
         self.fleet.mark_leaving(worker)
 
-    def heartbeat(self, worker: Worker, message: Heartbeat, now_s: float) -> None:
-        worker.account.observe(message.load)
+    def heartbeat(self, worker: Worker, message: Heartbeat, now_s: float) -> list[Action]:
         worker.hear_clock(message.sent_s, now_s)
+        return self._pump(now_s) if worker.account.observe(message.load) else []
 
     def prefill_finished(self, worker: Worker, message: PrefillFinished, now_s: float) -> list[Action]:
         worker.account.observe(message.load)
@@ -195,9 +201,9 @@ class Core:
             worker.account.correct(
                 delta.handoff_id, num_uncached_tokens=request.num_prompt_tokens - delta.num_cached_tokens
             )
-        worker.account.prefill_done(delta.handoff_id)
+        self._dispatch.prompt_computed(worker, delta.handoff_id, now_s)
         request.prefill_finished_s = now_s
-        request.num_cached_tokens = delta.num_cached_tokens or 0
+        request.hit_tokens = delta.num_cached_tokens
         request.prompt_logprobs = message.prompt_logprobs
         is_last = delta.finish_reason is not None or not request.needs_decode
         if request.first_token_by is WorkerRole.PREFILL and not (is_last or is_usable(delta)):
@@ -214,25 +220,16 @@ class Core:
                 return (
                     actions + self._finish(request, Outcome.COMPLETED, now_s, last=delta) + self._pump(now_s)
                 )
-        request.kv_source = self._what_is_left(request, message, now_s)
+        request.kv_source = with_lease_left(request, message, now_s)
         request.move(RequestState.HANDING_OFF, now_s)
         actions.append(self._start_decode(request, request.kv_source, now_s))
         return actions + self._pump(now_s)
 
-    @staticmethod
-    def _what_is_left(request: Request, message: PrefillFinished, now_s: float) -> KvSource | None:
-        """The source with the part of its lease that is certainly left: all time since dispatch that the
-        worker's engine does not account for may have passed after the lease began, in a queue."""
-        source = message.kv_source
-        if source is None or request.dispatched_s is None:
-            return source
-        lost_s = now_s - request.dispatched_s - message.queue_s - message.prefill_s
-        return msgspec.structs.replace(source, lease_s=max(0.0, source.lease_s - max(0.0, lost_s)))
-
     def step(self, worker: Worker, message: StepOutputs, now_s: float) -> list[Action]:
         """The hot path: one call per engine step of a decode worker."""
         actions: list[Action] = []
-        is_room_freed = worker.account.observe(message.load)
+        account = worker.account
+        is_room_freed = account.observe(message.load)
         legs = self._legs
         for delta in message.deltas:
             request = legs.get(delta.handoff_id)
@@ -241,12 +238,15 @@ class Core:
                 continue
             if request.state is not RequestState.DECODING:
                 self._first_decode_delta(request, delta, now_s)
-            request.num_output_tokens += len(delta.token_ids)
+            num_tokens = len(delta.token_ids)
+            request.num_output_tokens += num_tokens
             request.progress_s = now_s
+            account.grow(delta.handoff_id, num_tokens)
             actions.append(Deliver(request.sink, delta, request.placement))
             if delta.finish_reason is not None:
                 if delta.num_cached_tokens is not None:
-                    request.num_cached_tokens = delta.num_cached_tokens
+                    request.hit_tokens = delta.num_cached_tokens
+                    request.update_placement()
                 actions += self._finish(request, Outcome.COMPLETED, now_s, last=delta)
                 is_room_freed = True
         if is_room_freed:
@@ -255,7 +255,10 @@ class Core:
 
     def kv_events(self, worker: Worker, message: KvEvents, now_s: float) -> list[Action]:
         """Prefill progress comes with them, step by step."""
-        return self._pump(now_s) if worker.account.observe(message.load) else []
+        is_room_freed = worker.account.observe(message.load)
+        ask = self.prefixes.received(worker, message)
+        actions: list[Action] = [] if ask is None else [Send(worker.worker_id, ask)]
+        return actions + self._pump(now_s) if is_room_freed else actions
 
     def leg_failed(self, worker: Worker, message: LegFailed, now_s: float) -> list[Action]:
         request = self._legs.get(message.handoff_id)
@@ -272,6 +275,7 @@ class Core:
 
     def tick(self, now_s: float) -> list[Action]:
         """Ends every phase that made no progress within its deadline. Call a few times a second."""
+        self.prefixes.settle_due(now_s)
         actions: list[Action] = []
         for request in list(self._requests.values()):
             limit_s = self._phase_limit_s(request.state)
@@ -315,112 +319,42 @@ class Core:
             if self._queue[0].state is not RequestState.QUEUED:  # ended while it waited
                 self._queue.popleft()
                 continue
-            dispatched = self._dispatch(self._queue[0], now_s)
+            dispatched = self._attempt(self._queue[0], now_s)
             if dispatched is None:
                 break
             self._queue.popleft()
             actions.append(dispatched)
         return actions
 
-    def _dispatch(self, request: Request, now_s: float) -> Action | None:
+    def _attempt(self, request: Request, now_s: float) -> Action | None:
         """None: no worker has room; nothing changed."""
-        sampling = request.submission.sampling
-        facts = RequestFacts(
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_expected_output_tokens=min(sampling.max_tokens, self._settings.expected_output_tokens),
+        handoff_id = f"h{self._boot_id}-{self._num_handoffs + 1:x}"
+        assignment = self._dispatch.assign(request, handoff_id, now_s)
+        if assignment is None:
+            return None
+        self._num_handoffs += 1
+        self._legs[handoff_id] = request
+        prefill, decode = assignment.prefill, assignment.decode
+        request.begin_attempt(
+            handoff_id,
+            prefill_worker=None if prefill is None else prefill.worker_id,
+            decode_worker=None if decode is None else decode.worker_id,
         )
-        # Decode first: whoever is asked for prefill remembers the answer.
-        decode: WorkerAccount | None = None
-        prefill: WorkerAccount | None = None
-        if request.needs_decode and self.fleet.is_colocated:
-            choice = self._router.choose_colocated(facts, None, now_s)
-            if choice is None:
-                return None
-            decode = prefill = choice.account
-        elif request.needs_decode:
-            decode = self._router.place_decode(facts, now_s)
-            if decode is None:
-                return None
-        if request.prompt_token_ids is None and prefill is None:
-            # What a worker cannot start on yet stays here, where it can still go elsewhere.
-            prefill = self._router.place_prefill(facts, now_s)
-            if prefill is None:
-                return None
-        if request.prompt_token_ids is not None:  # computed before, and its KV is lost: again, on decode
-            self._open_attempt(request, facts, None, decode)
+        if prefill is None:
             request.move(RequestState.HANDING_OFF, now_s)
             return self._start_decode(request, None, now_s)
-        request.choose_first_token(is_on_one_worker=prefill is decode)
-        self._open_attempt(request, facts, prefill, decode)
         request.dispatched_s = now_s
         request.move(RequestState.PREFILLING, now_s)
-        assert prefill is not None
         if prefill is decode:
             request.prompt_token_ids = request.submission.prompt_token_ids
             return self._start_decode(request, None, now_s)
-        is_token_wanted = request.first_token_by is WorkerRole.PREFILL
-        message = StartPrefill(
-            handoff_id=request.handoff_id,
-            request_id=request.request_id,
-            prompt_token_ids=request.submission.prompt_token_ids,
-            sampling=prefill_spec(sampling, is_token_wanted=is_token_wanted),
-            keep_kv=request.needs_decode,
-        )
-        return Send(prefill.worker_id, message)
-
-    def _open_attempt(
-        self,
-        request: Request,
-        facts: RequestFacts,
-        prefill: WorkerAccount | None,
-        decode: WorkerAccount | None,
-    ) -> None:
-        self._num_handoffs += 1
-        request.num_attempts += 1
-        request.handoff_id = f"h{self._boot_id}-{self._num_handoffs:x}"
-        self._legs[request.handoff_id] = request
-        if prefill is not None:
-            request.last_prefill_worker = prefill.worker_id
-        if prefill is not None and prefill is not decode:
-            request.prefill_worker = prefill.worker_id
-            num_tokens = facts.num_prompt_tokens
-            prefill.commit(
-                request.handoff_id,
-                num_queued_tokens=num_tokens,
-                num_blocks=prefill.num_blocks_for(num_tokens),
-                num_kv_tokens=num_tokens,
-            )
-        if decode is not None:
-            request.decode_worker = request.last_decode_worker = decode.worker_id
-            decode.commit(
-                request.handoff_id,
-                num_queued_tokens=facts.num_prompt_tokens if prefill is decode else 0,
-                num_blocks=num_blocks_wanted(facts, decode),
-                num_kv_tokens=facts.num_prompt_tokens,
-            )
-        request.update_placement()
+        return Send(prefill.worker_id, start_prefill(request))
 
     def _start_decode(self, request: Request, kv_source: KvSource | None, now_s: float) -> Send:
-        sampling, num_given = request.submission.sampling, request.num_output_tokens
-        if num_given:
-            sampling = msgspec.structs.replace(
-                sampling,
-                max_tokens=sampling.max_tokens - num_given,
-                min_tokens=max(0, sampling.min_tokens - num_given),
-            )
-        if request.prompt_logprobs is not None:  # the prefill worker has given them
-            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
-        assert request.decode_worker is not None and request.prompt_token_ids is not None
+        assert request.decode_worker is not None
         worker = self.fleet.get(request.decode_worker)
-        message = StartDecode(
-            handoff_id=request.handoff_id,
-            request_id=request.request_id,
-            prompt_token_ids=request.prompt_token_ids,
-            sampling=sampling,
-            kv_source=kv_source,
-            sent_s=worker.clock_s(now_s) if worker is not None else None,
-        )
-        return Send(request.decode_worker, message)
+        sent_s = worker.clock_s(now_s) if worker is not None else None
+        return Send(request.decode_worker, start_decode(request, kv_source, sent_s))
 
     def _first_decode_delta(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
         if request.state is RequestState.PREFILLING:  # here, on the decode worker
@@ -428,11 +362,11 @@ class Core:
             request.prompt_logprobs = delta.prompt_logprobs
             worker = self.fleet.get(request.decode_worker or "")
             if worker is not None:
-                worker.account.prefill_done(request.handoff_id)
+                self._dispatch.prompt_computed(worker, request.handoff_id, now_s)
         request.move(RequestState.DECODING, now_s)
         request.first_decode_s = now_s
         if request.prefill_worker is not None:  # the KV has been read: that worker is done with us
-            self._release(request.prefill_worker, request.handoff_id)
+            self._dispatch.release(request.prefill_worker, request.handoff_id)
             request.prefill_worker = None
         request.update_placement()
 
@@ -465,9 +399,10 @@ class Core:
         """Take the attempt back from its workers; what they still say about it will be dropped."""
         actions: list[Action] = []
         self._legs.pop(request.handoff_id, None)
+        self._dispatch.prompt_given_up(request.handoff_id)
         for worker_id in {request.prefill_worker, request.decode_worker} - {None}:
             assert worker_id is not None
-            self._release(worker_id, request.handoff_id)
+            self._dispatch.release(worker_id, request.handoff_id)
             if self.fleet.get(worker_id) is not None and self._has_work(request, worker_id):
                 actions.append(Send(worker_id, AbortLeg(handoff_id=request.handoff_id)))
         request.prefill_worker = request.decode_worker = None
@@ -492,7 +427,7 @@ class Core:
             self._legs.pop(request.handoff_id, None)
             for worker_id in (request.prefill_worker, request.decode_worker):
                 if worker_id is not None:
-                    self._release(worker_id, request.handoff_id)
+                    self._dispatch.release(worker_id, request.handoff_id)
         else:
             actions = self._close_attempt(request)
         request.move(RequestState.FINISHED, now_s)
@@ -503,11 +438,6 @@ class Core:
                    final_report(request, outcome, now_s, last, error))
         )  # fmt: skip
         return actions
-
-    def _release(self, worker_id: str, handoff_id: str) -> None:
-        worker = self.fleet.get(worker_id)
-        if worker is not None:
-            worker.account.release(handoff_id)
 
     def _leg(self, handoff_id: str, worker: Worker, state: RequestState) -> Request | None:
         request = self._legs.get(handoff_id)

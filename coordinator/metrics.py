@@ -93,6 +93,8 @@ class Metrics(Collector):
         self._first_tokens = LabelledCounter()
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
+        self._num_predicted_hit_tokens = 0
+        self._hit_predictions = LabelledCounter()
         self._num_output_tokens = 0
         self._kv_bytes = 0
         self._num_retries = 0
@@ -119,6 +121,12 @@ class Metrics(Collector):
         self._kv_bytes += report.kv_bytes
         placement = report.placement
         self._num_retries += placement.num_attempts - 1
+        predicted, found = placement.predicted_hit_tokens, placement.hit_tokens
+        if predicted is not None and found is not None:
+            self._num_predicted_hit_tokens += predicted
+            self._hit_predictions.add(
+                "exact" if predicted == found else "too few" if predicted < found else "too many"
+            )
         phases = report.phases
         self._queue.observe(phases.queue_s)
         if num_output == 0:
@@ -160,6 +168,11 @@ class Metrics(Collector):
         yield self._first_tokens.family(
             "baton_first_token", "Who sampled the first token, and by which rule.", ("by", "reason")
         )
+        yield self._hit_predictions.family(
+            "baton_hit_predictions",
+            "Prefills by how the predicted hit compares with the engine's.",
+            ("result",),
+        )
         for name, help, count in self._totals():
             yield CounterMetricFamily(name, help, value=count)
         for name, help, histogram in self._histograms():
@@ -176,6 +189,11 @@ class Metrics(Collector):
         return (
             ("baton_prompt_tokens", "Prompt tokens of finished requests.", self._num_prompt_tokens),
             ("baton_cached_tokens", "Of those, found in a prefix cache.", self._num_cached_tokens),
+            (
+                "baton_predicted_hit_tokens",
+                "Prompt tokens that were expected in a prefix cache.",
+                self._num_predicted_hit_tokens,
+            ),
             ("baton_output_tokens", "Tokens generated.", self._num_output_tokens),
             ("baton_kv_bytes", "KV bytes handed from prefill to decode workers.", self._kv_bytes),
             ("baton_retries", "Attempts beyond the first.", self._num_retries),

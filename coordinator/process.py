@@ -58,8 +58,8 @@ async def _live(settings: CoordinatorSettings) -> int:
     boot_id = secrets.token_hex(8)
     core = Core(
         _core_settings(settings),
-        registry.by_name(registry.DEFAULT_PREFILL),
-        registry.by_name(registry.DEFAULT_DECODE),
+        registry.by_name(settings.prefill_policy),
+        registry.by_name(settings.decode_policy),
         boot_id[:4],
     )
     coordinator = Coordinator(
@@ -124,6 +124,15 @@ def _add_gauges(metrics: Metrics, core: Core) -> None:
 
     metrics.add_gauge("baton_requests_in_flight", "Accepted, not finished.", lambda: core.num_requests)
     metrics.add_gauge("baton_requests_queued", "Waiting for a worker.", lambda: core.num_queued)
+    prefixes = core.prefixes
+    metrics.add_gauge("baton_kv_index_blocks", "Blocks in the prefix index.", lambda: prefixes.num_blocks)
+    metrics.add_gauge("baton_kv_index_bytes", "Its memory, estimated.", lambda: prefixes.num_bytes)
+    metrics.add_gauge(
+        "baton_kv_index_events",
+        "What the index was told, and what went wrong.",
+        prefixes.counts,
+        label="what",
+    )
     metrics.add_gauge("baton_workers", "Registered and taking requests.", workers, label="role")
 
 
@@ -136,6 +145,7 @@ def _core_settings(settings: CoordinatorSettings) -> CoreSettings:
         prefill_timeout_s=settings.prefill_timeout_s,
         handoff_timeout_s=settings.handoff_timeout_s,
         decode_stall_timeout_s=settings.decode_stall_timeout_s,
+        kv_index_bytes=int(settings.kv_index_gib * 1024**3),
     )
 
 

@@ -13,6 +13,7 @@ from baton.contract.messages import (
     TokenLogprobs,
 )
 from baton.contract.tokens import num_token_ids
+from baton.policy.router import KnownHits
 from coordinator.first_token import reason_for_decode
 from coordinator.intake import ResultSink, Submission
 
@@ -22,9 +23,9 @@ class Request:
 
     __slots__ = (
         "decode_worker", "dispatched_s", "entered_s", "first_decode_s", "first_token_by",
-        "first_token_reason", "handoff_id", "kv_source", "last_decode_worker", "last_prefill_worker",
-        "num_attempts", "num_cached_tokens", "num_output_tokens", "num_prompt_tokens", "placement",
-        "prefill_finished_s", "prefill_worker", "progress_s", "prompt_logprobs",
+        "first_token_reason", "handoff_id", "hit_tokens", "hits", "kv_source", "last_decode_worker",
+        "last_prefill_worker", "num_attempts", "num_output_tokens", "num_prompt_tokens", "placement",
+        "predicted_hit_tokens", "prefill_finished_s", "prefill_worker", "progress_s", "prompt_logprobs",
         "prompt_token_ids", "sink", "state", "submission", "submitted_s",
     )  # fmt: skip
 
@@ -34,7 +35,6 @@ class Request:
         self.state = RequestState.QUEUED
         self.num_prompt_tokens = num_token_ids(submission.prompt_token_ids)
         self.num_output_tokens = 0
-        self.num_cached_tokens = 0
         self.num_attempts = 0
         self.handoff_id = ""
         """Names the current attempt; empty before the first."""
@@ -49,6 +49,12 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.first_token_by = WorkerRole.PREFILL
         self.first_token_reason = ""
+        self.hits: KnownHits | None = None
+        """Who holds how much of the prompt, when last asked; kept for its hashes."""
+        self.predicted_hit_tokens: int | None = None
+        """Of the worker that computes the prompt, in the last attempt; None: nothing was known."""
+        self.hit_tokens: int | None = None
+        """What that worker's engine found; None: it did not say, or not yet."""
         self.placement = Placement()
         self.submitted_s = self.progress_s = self.entered_s = now_s
         self.dispatched_s: float | None = None
@@ -68,18 +74,32 @@ class Request:
         """A prefill worker is at work; the decode worker has not heard of this request."""
         return self.state is RequestState.PREFILLING and self.prefill_worker is not None
 
-    def choose_first_token(self, *, is_on_one_worker: bool) -> None:
-        """For an attempt that computes the prompt."""
-        reason = "one worker for both phases" if is_on_one_worker else None
-        reason = reason or reason_for_decode(self.submission.sampling)
-        self.first_token_by = WorkerRole.PREFILL if reason is None else WorkerRole.DECODE
-        self.first_token_reason = reason or "ready when prefill ends"
-
     def move(self, state: RequestState, now_s: float) -> None:
         """Raises IllegalMove and changes nothing if the table does not list the move."""
         check_move(self.state, state)
         self.state = state
         self.progress_s = self.entered_s = now_s
+
+    def begin_attempt(
+        self, handoff_id: str, *, prefill_worker: str | None, decode_worker: str | None
+    ) -> None:
+        """A worker that is None has no part in this attempt; the same one twice serves both phases."""
+        is_on_one_worker = prefill_worker == decode_worker
+        self.num_attempts += 1
+        self.handoff_id = handoff_id
+        self.prefill_worker = None if is_on_one_worker else prefill_worker
+        self.decode_worker = decode_worker
+        self.last_prefill_worker = prefill_worker or self.last_prefill_worker
+        self.last_decode_worker = decode_worker or self.last_decode_worker
+        if prefill_worker is not None:
+            self._choose_first_token(is_on_one_worker=is_on_one_worker)
+        self.update_placement()
+
+    def _choose_first_token(self, *, is_on_one_worker: bool) -> None:
+        reason = "one worker for both phases" if is_on_one_worker else None
+        reason = reason or reason_for_decode(self.submission.sampling)
+        self.first_token_by = WorkerRole.PREFILL if reason is None else WorkerRole.DECODE
+        self.first_token_reason = reason or "ready when prefill ends"
 
     def update_placement(self) -> None:
         self.placement = Placement(
@@ -88,6 +108,8 @@ class Request:
             first_token_by=self.first_token_by,
             first_token_reason=self.first_token_reason,
             num_attempts=max(1, self.num_attempts),
+            predicted_hit_tokens=self.predicted_hit_tokens,
+            hit_tokens=self.hit_tokens,
         )
 
     def phases(self, now_s: float) -> PhaseTimes:
@@ -118,7 +140,7 @@ def final_report(
         stop_reason=last.stop_reason if last is not None else None,
         num_prompt_tokens=request.num_prompt_tokens,
         num_output_tokens=request.num_output_tokens,
-        num_cached_tokens=request.num_cached_tokens,
+        num_cached_tokens=request.hit_tokens or 0,
         kv_bytes=request.kv_source.num_bytes if was_moved and request.kv_source else 0,
         placement=request.placement,
         phases=request.phases(now_s),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from baton.settings import option
+from baton.policy import registry
+from baton.settings import SettingsError, option
 from baton.wire.endpoints import (
     DEFAULT_CLIENT_PORT,
     DEFAULT_FLEET_PORT,
@@ -34,6 +35,21 @@ class CoordinatorSettings:
         "turns tool calls in the text into `tool_calls` when tool_choice is auto; absent: text",
     )
     api_key: str | None = option(None, "clients must send it as a bearer token")
+    prefill_policy: str = option(
+        registry.DEFAULT_PREFILL,
+        f"who computes a prompt: one of {', '.join(registry.NAMES)}; parameters after a colon",
+        metavar="NAME[:ARG,...]",
+    )
+    decode_policy: str = option(
+        registry.DEFAULT_DECODE,
+        "who generates, among the workers with room for the KV: the same names",
+        metavar="NAME[:ARG,...]",
+    )
+    kv_index_gib: float = option(
+        2.0,
+        "most memory for the index of who holds which prefix (8 million blocks); beyond it the least used "
+        "is forgotten, which costs predictions only",
+    )
     max_queued: int = option(4096, "requests waiting for a worker; beyond it clients hear 429")
     max_attempts: int = option(3, "how often one request is tried on the fleet")
     transfer_failure_policy: Literal["recompute", "fail"] = option(
@@ -53,3 +69,12 @@ class CoordinatorSettings:
     drain_timeout_s: float = option(30.0, "how long running requests may finish at shutdown, seconds")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "least severe log line shown")
     exit_with_parent: bool = option(False, "die when the process that started this one dies")
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_policy", "decode_policy"):
+            try:
+                registry.by_name(getattr(self, name))
+            except ValueError as error:
+                raise SettingsError(f"{name}: {error}") from error
+        if not self.kv_index_gib > 0:
+            raise SettingsError(f"kv_index_gib is {self.kv_index_gib:g}, expected more than 0")

@@ -306,13 +306,18 @@ class AbortRequest(Message, frozen=True, kw_only=True):
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Which workers served a request and why the first token came from where it came."""
+    """Which workers served a request, what of its prompt was cached, and why the first token came from
+    where it came."""
 
     prefill_worker: str | None = None
     decode_worker: str | None = None
     first_token_by: WorkerRole | None = None
     first_token_reason: str | None = None
     num_attempts: int = 1
+    predicted_hit_tokens: int | None = None
+    """Prompt tokens the coordinator expected in the prefill worker's prefix cache; None: it knew nothing."""
+    hit_tokens: int | None = None
+    """Prompt tokens the engine found there; None: it did not say."""
 
 
 class PhaseTimes(msgspec.Struct, frozen=True, kw_only=True):

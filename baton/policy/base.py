@@ -147,11 +147,11 @@ class Policy(Protocol):
 
 @runtime_checkable
 class RanksOne(Protocol):
-    """A policy without memory that can also rank a worker by itself, where no hits are predicted: for
-    a few workers plain numbers cost a fraction of vectors. The order must be the one of `rank`."""
+    """A policy without memory that can also rank a worker by itself: for a few workers plain numbers
+    cost a fraction of vectors. The order must be the one of `rank`."""
 
-    def rank_one(self, account: WorkerAccount) -> tuple[int, ...]:
-        """Smallest best, later numbers for ties."""
+    def rank_one(self, account: WorkerAccount, num_uncached_tokens: int) -> tuple[int, ...]:
+        """Smallest best, later numbers for ties. The second argument is of this prompt."""
 
 
 class Memoryless:

@@ -116,8 +116,8 @@ class WorkerAccount:
         return -(-num_tokens // self.block_size_tokens)
 
     def has_prefill_room(self, num_tokens: int) -> bool:
-        """A prompt fits into the window, or is alone. `room.slots_with_prefill_room` is the same over
-        a whole pool."""
+        """So many uncached tokens of a prompt fit into the window, or are alone.
+        `room.slots_with_prefill_room` is the same over a whole pool."""
         window = self.prefill_window_tokens
         return window is None or not self.num_queued_tokens or self.num_queued_tokens + num_tokens <= window
 

@@ -15,6 +15,7 @@ hold: with hit fraction h it accepts a batch 1/(1-h) times the others' before it
 from __future__ import annotations
 
 from baton.policy.base import Candidates, Key, Memoryless
+from baton.policy.ledger import WorkerAccount
 
 
 class LMetric(Memoryless):
@@ -23,3 +24,7 @@ class LMetric(Memoryless):
     def rank(self, candidates: Candidates) -> tuple[Key, ...]:
         batch = candidates.batch
         return candidates.p_tokens * batch, batch
+
+    def rank_one(self, account: WorkerAccount, num_uncached_tokens: int) -> tuple[int, ...]:
+        batch = account.num_legs + 1
+        return (account.num_queued_tokens + num_uncached_tokens) * batch, batch

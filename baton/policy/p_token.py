@@ -19,6 +19,5 @@ class PToken(Memoryless):
     def rank(self, candidates: Candidates) -> tuple[Key, ...]:
         return candidates.p_tokens, candidates.num_legs
 
-    def rank_one(self, account: WorkerAccount) -> tuple[int, ...]:
-        """Without hits this prompt costs the same everywhere."""
-        return account.num_queued_tokens, account.num_legs
+    def rank_one(self, account: WorkerAccount, num_uncached_tokens: int) -> tuple[int, ...]:
+        return account.num_queued_tokens + num_uncached_tokens, account.num_legs

@@ -105,10 +105,10 @@ class PrefixHasher:
 class PromptHashes:
     """The values of one prompt, computed as far as somebody asked."""
 
-    __slots__ = ("_done", "_hasher", "_packed", "_root", "_values", "num_blocks")
+    __slots__ = ("_done", "_packed", "_root", "_values", "hasher", "num_blocks")
 
     def __init__(self, hasher: PrefixHasher, packed: bytes, namespace: str = "") -> None:
-        self._hasher = hasher
+        self.hasher = hasher
         self._packed = packed
         self._root = hasher.root(namespace)
         self.num_blocks = max(0, (len(packed) // TOKEN_BYTES - 1) // hasher.block_size_tokens)
@@ -143,6 +143,6 @@ class PromptHashes:
         end = min(self.num_blocks, max(depth, _FIRST_BLOCKS, 4 * self._done))
         done = self._done
         parent = self._values.item(done - 1) if done else self._root
-        more = self._hasher.vector(parent, done, self._packed, end - done, first=done)
+        more = self.hasher.vector(parent, done, self._packed, end - done, first=done)
         self._values = np.concatenate([self._values, more]) if done else more
         self._done = end

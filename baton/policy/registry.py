@@ -24,8 +24,7 @@ from baton.policy.slo import SloRule
 from baton.policy.smallest_batch import SmallestBatch
 from baton.policy.vllm_v1 import VllmV1
 
-DEFAULT_PREFILL = "p-token"
-"""Without KV events no policy sees a hit: the shortest queue is all there is to know."""
+DEFAULT_PREFILL = "lmetric"
 DEFAULT_DECODE = "smallest-batch"
 
 _MAKERS: dict[str, tuple[Callable[..., Policy], tuple[type, ...]]] = {

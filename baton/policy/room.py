@@ -1,7 +1,8 @@
 """Room comes before rank: who can take this request at all.
 
 Prefill: a worker that says how many prompt tokens it wants ahead gets no more than those, so that
-a prompt nobody can start on waits where it can still go to anyone.
+a prompt nobody can start on waits where it can still go to anyone. Tokens it holds already cost it
+nothing and do not count.
 
 Decode: who can hold this request's KV.
 A worker without KV blocks for a request preempts somebody sooner or later, which costs far more
@@ -31,13 +32,18 @@ def num_blocks_wanted(facts: RequestFacts, account: WorkerAccount) -> int:
     return min(wanted, max(account.capacity.num_blocks, account.num_blocks_for(facts.num_prompt_tokens + 1)))
 
 
-def slots_with_prefill_room(facts: RequestFacts, ledger: Ledger, pool: Pool) -> Vector:
-    """Those of a prefill pool on which `has_prefill_room` is true of this prompt."""
+def slots_with_prefill_room(
+    facts: RequestFacts, ledger: Ledger, pool: Pool, hit_tokens_by_slot: Vector | None = None
+) -> Vector:
+    """Those of a prefill pool on which `has_prefill_room` is true of this prompt's uncached tokens."""
     slots = pool.slots
     if not pool.has_windows:
         return slots
     num_queued = ledger.gather("num_queued_tokens", slots)
-    fits = num_queued + facts.num_prompt_tokens <= ledger.gather("prefill_window_tokens", slots)
+    num_ahead = num_queued + facts.num_prompt_tokens
+    if hit_tokens_by_slot is not None:
+        num_ahead -= hit_tokens_by_slot.take(slots)
+    fits = num_ahead <= ledger.gather("prefill_window_tokens", slots)
     if fits.all():
         return slots
     startable: Vector = slots[fits | (num_queued == 0)]

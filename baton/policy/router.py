@@ -35,6 +35,7 @@ class KnownHits:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChoice:
+    policy: Policy
     choice: Choice
     unguarded: Choice
     """What the score alone says; the same object unless the guard took its favourites out."""
@@ -75,10 +76,23 @@ class Router:
         self._ranks_prefill = prefill_policy if isinstance(prefill_policy, RanksOne) else None
         self._ranks_decode = decode_policy if isinstance(decode_policy, RanksOne) else None
 
+    def know(
+        self,
+        index: KvIndex | None,
+        expectations: Expectations | None = None,
+        guard: HotspotGuard | None = None,
+    ) -> None:
+        """What there is to know of prefixes from now on; hits that were asked for before are void."""
+        self._index, self._expectations, self._guard = index, expectations, guard
+
     def known_hits(self, packed: bytes, namespace: str = "") -> KnownHits | None:
         """One match for all workers of both roles; None without an index. Good until the next event:
         ask again for each attempt, the hashes are kept with `prompt`."""
         return None if self._index is None else self._hits(self._index.prompt(packed, namespace), self._index)
+
+    def is_current(self, hits: KnownHits) -> bool:
+        """Whether they can be refreshed: their index is still the one in use."""
+        return self._index is not None and hits.prompt.hasher is self._index.hasher
 
     def refreshed(self, hits: KnownHits) -> KnownHits:
         """The same prompt against the index of now, without hashing again."""
@@ -98,18 +112,25 @@ class Router:
         self, facts: RequestFacts, hits: KnownHits | None, now_s: float
     ) -> PrefillChoice | None:
         """None: the pool is empty, or this prompt fits nobody's window."""
-        slots = slots_with_prefill_room(facts, self._ledger, self._prefill_pool)
-        candidates = self._candidates(facts, slots, hits, now_s)
-        choice = choose(self._prefill_policy, candidates)
+        slots = self._startable(facts, hits, self._prefill_pool)
+        return self._choose(self._prefill_policy, self._candidates(facts, slots, hits, now_s), hits)
+
+    def _startable(self, facts: RequestFacts, hits: KnownHits | None, pool: Pool) -> Vector:
+        return slots_with_prefill_room(
+            facts, self._ledger, pool, None if hits is None else hits.tokens_by_slot
+        )
+
+    def _choose(self, policy: Policy, candidates: Candidates, hits: KnownHits | None) -> PrefillChoice | None:
+        choice = choose(policy, candidates)
         if choice is None:
             return None
-        if self._guard is not None and self._guard.is_acting and hits is not None and len(slots) > 1:
-            diverted = self._divert(facts, hits, candidates)
+        if self._guard is not None and self._guard.is_acting and hits is not None and len(candidates) > 1:
+            diverted = self._divert(policy, hits, candidates)
             if diverted is not None:
-                return PrefillChoice(diverted, choice)
-        return PrefillChoice(choice, choice)
+                return PrefillChoice(policy, diverted, choice)
+        return PrefillChoice(policy, choice, choice)
 
-    def _divert(self, facts: RequestFacts, hits: KnownHits, candidates: Candidates) -> Choice | None:
+    def _divert(self, policy: Policy, hits: KnownHits, candidates: Candidates) -> Choice | None:
         assert self._guard is not None and self._index is not None
         block_size = self._index.hasher.block_size_tokens
         depth = self._guard.excludes(hits.prompt, candidates, block_size)
@@ -118,9 +139,9 @@ class Router:
         others = without_holders(candidates, depth * block_size)
         if not len(others):
             return None
+        slots = candidates.slots[others]
         return choose(
-            self._prefill_policy,
-            self._candidates(facts, candidates.slots[others], hits, candidates.now_s, candidates.draw),
+            policy, self._candidates(candidates.facts, slots, hits, candidates.now_s, candidates.draw)
         )
 
     def choose_decode(self, facts: RequestFacts, hits: KnownHits | None, now_s: float) -> Choice | None:
@@ -128,12 +149,14 @@ class Router:
         slots = slots_with_room(facts, self._ledger, self._decode_pool.slots)
         return choose(self._decode_policy, self._candidates(facts, slots, hits, now_s))
 
-    def choose_colocated(self, facts: RequestFacts, hits: KnownHits | None, now_s: float) -> Choice | None:
+    def choose_colocated(
+        self, facts: RequestFacts, hits: KnownHits | None, now_s: float
+    ) -> PrefillChoice | None:
         """One worker for both phases, by the product, which was made for this: decodes running there
         count in its batch. None: nobody has room for both."""
-        slots = slots_with_prefill_room(facts, self._ledger, self._colocated_pool)
+        slots = self._startable(facts, hits, self._colocated_pool)
         slots = slots_with_room(facts, self._ledger, slots)
-        return choose(self._colocated_policy, self._candidates(facts, slots, hits, now_s))
+        return self._choose(self._colocated_policy, self._candidates(facts, slots, hits, now_s), hits)
 
     def _candidates(
         self,
@@ -147,33 +170,42 @@ class Router:
         draw = self._draw(48) if draw is None else draw
         return Candidates(facts, self._ledger, slots, hit_tokens=hit_tokens, draw=draw, now_s=now_s)
 
-    # ── without hits, few workers ────────────────────────────────────────────────────────────
+    # ── without a record, few workers ────────────────────────────────────────────────────────
 
     def place_prefill(self, facts: RequestFacts, now_s: float) -> WorkerAccount | None:
         """As `choose_prefill` and `committed` where nothing is known of hits, and without a record.
         Whoever gets an answer uses it: the policy remembers it already."""
         if self._ranks_prefill is not None and len(self._prefill_pool) <= FEW:
             num_tokens = facts.num_prompt_tokens
-            return self._best(
-                self._ranks_prefill, [a for a in self._prefill_pool if a.has_prefill_room(num_tokens)]
-            )
+            startable = [a for a in self._prefill_pool if a.has_prefill_room(num_tokens)]
+            return self._best(self._ranks_prefill, startable, facts, None)
         choice = self.choose_prefill(facts, None, now_s)
         if choice is None:
             return None
         self._prefill_policy.committed(choice.choice.candidates, choice.choice.position)
         return choice.choice.account
 
-    def place_decode(self, facts: RequestFacts, now_s: float) -> WorkerAccount | None:
-        """As `choose_decode` where nothing is known of hits, and without a record."""
+    def place_decode(
+        self, facts: RequestFacts, now_s: float, hits: KnownHits | None = None
+    ) -> WorkerAccount | None:
+        """As `choose_decode`, without a record."""
         if self._ranks_decode is not None and len(self._decode_pool) <= FEW:
-            return self._best(self._ranks_decode, [a for a in self._decode_pool if has_room(facts, a)])
-        choice = self.choose_decode(facts, None, now_s)
+            roomy = [a for a in self._decode_pool if has_room(facts, a)]
+            return self._best(self._ranks_decode, roomy, facts, hits)
+        choice = self.choose_decode(facts, hits, now_s)
         return None if choice is None else choice.account
 
-    def _best(self, policy: RanksOne, accounts: list[WorkerAccount]) -> WorkerAccount | None:
+    def _best(
+        self, policy: RanksOne, accounts: list[WorkerAccount], facts: RequestFacts, hits: KnownHits | None
+    ) -> WorkerAccount | None:
         if len(accounts) <= 1:
             return accounts[0] if accounts else None
-        keys = [policy.rank_one(account) for account in accounts]
+        num_tokens = facts.num_prompt_tokens
+        if hits is None:
+            keys = [policy.rank_one(account, num_tokens) for account in accounts]
+        else:
+            held = hits.tokens_by_slot
+            keys = [policy.rank_one(account, num_tokens - held.item(account.slot)) for account in accounts]
         best = min(keys)
         if keys.count(best) == 1:
             return accounts[keys.index(best)]
@@ -185,7 +217,7 @@ class Router:
     def committed(self, handoff_id: str, prefill: PrefillChoice, hits: KnownHits | None) -> None:
         """The request is on its way: what the next decisions should know of it."""
         choice = prefill.choice
-        self._prefill_policy.committed(choice.candidates, choice.position)
+        prefill.policy.committed(choice.candidates, choice.position)
         if hits is None:
             return
         if self._guard is not None and self._index is not None:

@@ -18,5 +18,5 @@ class SmallestBatch(Memoryless):
     def rank(self, candidates: Candidates) -> tuple[Key, ...]:
         return candidates.num_legs, candidates.num_kv_tokens
 
-    def rank_one(self, account: WorkerAccount) -> tuple[int, ...]:
+    def rank_one(self, account: WorkerAccount, num_uncached_tokens: int) -> tuple[int, ...]:
         return account.num_legs, account.num_kv_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,6 +12,8 @@ from baton.contract.codec import PROTOCOL_VERSION
 from baton.contract.errors import ErrorReport
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import (
+    KvEvent,
+    KvEvents,
     KvLayout,
     KvSource,
     LegFailed,
@@ -105,11 +108,17 @@ class Bench:
                 case Finish():
                     action.sink.on_finished(action.report)
 
-    def submit(self, request_id: str, num_prompt_tokens: int = 20, **sampling: Any) -> RecordingSink:
+    def submit(
+        self,
+        request_id: str,
+        num_prompt_tokens: int = 20,
+        token_ids: Sequence[int] | None = None,
+        **sampling: Any,
+    ) -> RecordingSink:
         sink = RecordingSink()
         submission = Submission(
             request_id=request_id,
-            prompt_token_ids=pack_token_ids(range(num_prompt_tokens)),
+            prompt_token_ids=pack_token_ids(range(num_prompt_tokens) if token_ids is None else token_ids),
             sampling=SamplingSpec(**({"max_tokens": 8} | sampling)),
         )
         self.perform(self.core.submit(submission, sink, self.now_s))
@@ -125,12 +134,34 @@ class Bench:
     def worker(self, worker_id: str) -> Any:
         return self.core.fleet.get(worker_id)
 
+    def kv_events(
+        self,
+        worker_id: str,
+        sequence: int,
+        *events: KvEvent,
+        is_fresh_start: bool = False,
+        num_prefill_tokens_done: int = 0,
+    ) -> None:
+        message = KvEvents(
+            sequence=sequence,
+            events=list(events),
+            load=WorkerLoad(num_prefill_tokens_done=num_prefill_tokens_done),
+            is_fresh_start=is_fresh_start,
+        )
+        self.perform(self.core.kv_events(self.worker(worker_id), message, self.now_s))
+
     def finish_prefill(
-        self, worker_id: str, handoff_id: str, token_id: int = 100, text: str = "x", finish: str | None = None
+        self,
+        worker_id: str,
+        handoff_id: str,
+        token_id: int = 100,
+        text: str = "x",
+        finish: str | None = None,
+        num_cached_tokens: int | None = 4,
     ) -> None:
         source = KvSource(lease_s=30.0, num_tokens=20, num_bytes=2048, transfer_params={})
         message = PrefillFinished(
-            delta=SequenceDelta(handoff_id, [token_id], text, finish, num_cached_tokens=4),
+            delta=SequenceDelta(handoff_id, [token_id], text, finish, num_cached_tokens=num_cached_tokens),
             kv_source=None if finish else source,
             queue_s=0.0,
             prefill_s=0.01,
@@ -160,6 +191,7 @@ class Bench:
         for worker in self.core.fleet:
             account = worker.account
             assert (account.num_legs, account.num_queued_tokens, account.num_reserved_blocks) == (0, 0, 0)
+            assert account.num_kv_tokens == 0
         assert self.core.num_requests == 0
         assert not self.core._legs
 

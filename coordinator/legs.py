@@ -1,0 +1,53 @@
+"""What workers are told to start, and how much of a lease is left when they are. No state."""
+
+from __future__ import annotations
+
+import msgspec
+
+from baton.contract.lifecycle import WorkerRole
+from baton.contract.messages import KvSource, PrefillFinished, StartDecode, StartPrefill
+from coordinator.first_token import prefill_spec
+from coordinator.request import Request
+
+
+def start_prefill(request: Request) -> StartPrefill:
+    is_token_wanted = request.first_token_by is WorkerRole.PREFILL
+    return StartPrefill(
+        handoff_id=request.handoff_id,
+        request_id=request.request_id,
+        prompt_token_ids=request.submission.prompt_token_ids,
+        sampling=prefill_spec(request.submission.sampling, is_token_wanted=is_token_wanted),
+        keep_kv=request.needs_decode,
+    )
+
+
+def start_decode(request: Request, kv_source: KvSource | None, sent_s: float | None) -> StartDecode:
+    """`sent_s` is on the worker's clock. The client's limits are reduced by what it has already."""
+    assert request.prompt_token_ids is not None
+    sampling, num_given = request.submission.sampling, request.num_output_tokens
+    if num_given:
+        sampling = msgspec.structs.replace(
+            sampling,
+            max_tokens=sampling.max_tokens - num_given,
+            min_tokens=max(0, sampling.min_tokens - num_given),
+        )
+    if request.prompt_logprobs is not None:  # the prefill worker has given them
+        sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+    return StartDecode(
+        handoff_id=request.handoff_id,
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=sampling,
+        kv_source=kv_source,
+        sent_s=sent_s,
+    )
+
+
+def with_lease_left(request: Request, message: PrefillFinished, now_s: float) -> KvSource | None:
+    """The source with the part of its lease that is certainly left: all time since dispatch that the
+    worker's engine does not account for may have passed after the lease began, in a queue."""
+    source = message.kv_source
+    if source is None or request.dispatched_s is None:
+        return source
+    lost_s = now_s - request.dispatched_s - message.queue_s - message.prefill_s
+    return msgspec.structs.replace(source, lease_s=max(0.0, source.lease_s - max(0.0, lost_s)))
