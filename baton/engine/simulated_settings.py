@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from baton.contract.messages import KvLayout, WorkerCapacity
+from baton.engine.base import EngineDescription
+from baton.step_time import LinearStepTime, StepTime
+
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, ELEMENT_BYTES = 4, 2, 32, 4
 """The shape the invented KV claims to have: 2 KiB a token."""
+
+INSTANT = LinearStepTime(base_s=0.0)
+"""Steps take what the machine takes."""
 
 Phase = Literal["prefill", "transfer", "decode"]
 
@@ -26,10 +33,7 @@ class SimulatedEngineSettings:
     max_batch_size: int = 256
     max_model_len: int = 32_768
     max_num_batched_tokens: int = 8_192
-    step_s: float = 0.0
-    """0: as fast as possible."""
-    prefill_tokens_per_s: float | None = None
-    """None: prompts cost no time beside the step's."""
+    step_time: StepTime = INSTANT
     transfer_s: float = 0.0
     """How long a pull of KV takes."""
     kv_lease_s: float = 30.0
@@ -40,6 +44,31 @@ class SimulatedEngineSettings:
     @property
     def kv_bytes_per_block(self) -> int:
         return kv_bytes_per_block(self.block_size_tokens)
+
+
+def describe(settings: SimulatedEngineSettings, transfer_endpoint: str) -> EngineDescription:
+    return EngineDescription(
+        layout=KvLayout(
+            model=settings.model,
+            engine="simulated 1",
+            transfer="loopback 1",
+            dtype="float32",
+            num_layers=NUM_LAYERS,
+            num_kv_heads=NUM_KV_HEADS,
+            head_dim=HEAD_DIM,
+            block_size_tokens=settings.block_size_tokens,
+        ),
+        capacity=WorkerCapacity(
+            num_blocks=settings.num_blocks,
+            max_batch_size=settings.max_batch_size,
+            max_model_len=settings.max_model_len,
+            kv_bytes_per_block=settings.kv_bytes_per_block,
+        ),
+        tensor_parallel_size=1,
+        pipeline_parallel_size=1,
+        transfer_endpoint=transfer_endpoint,
+        has_kv_events=True,
+    )
 
 
 @dataclass(slots=True)

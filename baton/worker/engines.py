@@ -7,6 +7,8 @@ from typing import Literal
 
 from baton.contract.lifecycle import WorkerRole
 from baton.engine.base import Engine
+from baton.step_time import LinearStepTime, StepTime
+from baton.step_time.text import parse_step_time
 from baton.worker.settings import WorkerSettings
 
 GIB = 1 << 30
@@ -59,8 +61,7 @@ def _simulated(
         max_batch_size=settings.max_batch_size,
         max_model_len=max_model_len,
         max_num_batched_tokens=settings.max_num_batched_tokens or max_model_len,
-        step_s=settings.simulated_step_s,
-        prefill_tokens_per_s=settings.simulated_prefill_tokens_per_s,
+        step_time=_step_time(settings),
         transfer_s=settings.simulated_transfer_s,
         kv_lease_s=kv_lease_s,
         kv_load_failure_policy=kv_load_failure_policy,
@@ -72,6 +73,16 @@ def _simulated(
         num_legs_until_death=settings.simulated_die_after_legs,
     )
     return SimulatedEngine(engine_settings, faults=faults)
+
+
+def _step_time(settings: WorkerSettings) -> StepTime:
+    if settings.simulated_step_time is not None:
+        return parse_step_time(settings.simulated_step_time)
+    tokens_per_s = settings.simulated_prefill_tokens_per_s
+    return LinearStepTime(
+        base_s=settings.simulated_step_s,
+        per_prefill_token_s=1 / tokens_per_s if tokens_per_s is not None else 0.0,
+    )
 
 
 def _vllm(

@@ -52,34 +52,48 @@ def run_worker(
         # Checked before the engine is built: vLLM would load a model first, and then wait for ever.
         event(logger, "start failed", level=logging.ERROR, reason=f"port {port} on {settings.host} is taken")
         return EXIT_FAILURE
-    identity = WorkerIdentity(
-        worker_id=settings.worker_id or f"{role.value}-{secrets.token_hex(4)}",
-        boot_id=secrets.token_hex(8),
-        role=role,
-        host=settings.host,
-        pid=os.getpid(),
-    )
+    name = settings.worker_id or f"{role.value}-{secrets.token_hex(4)}"
+    count = settings.simulated_num_workers
+    identities = [
+        WorkerIdentity(
+            worker_id=name if count == 1 else f"{name}-{number}",
+            boot_id=secrets.token_hex(8),
+            role=role,
+            host=settings.host,
+            pid=os.getpid(),
+        )
+        for number in range(1, count + 1)
+    ]
     address = tcp(*parse_address(settings.coordinator, DEFAULT_FLEET_PORT))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_live(settings, identity, address, build_engine, prefill_window_tokens))
+        return runner.run(_live(settings, identities, address, build_engine, prefill_window_tokens))
 
 
 async def _live(
     settings: WorkerSettings,
-    identity: WorkerIdentity,
+    identities: list[WorkerIdentity],
     address: str,
     build_engine: Callable[[], Engine],
     prefill_window_tokens: int | None,
 ) -> int:
-    runtime = WorkerRuntime(
-        build_engine(),
-        identity,
-        address,
-        SystemClock(),
-        drain_timeout_s=settings.drain_timeout_s,
-        prefill_window_tokens=prefill_window_tokens,
-    )
-    _install_signals(runtime)
+    """Several workers of one process know nothing of each other; the exit code is the worst one."""
+    runtimes = [
+        WorkerRuntime(
+            build_engine(),
+            identity,
+            address,
+            SystemClock(),
+            drain_timeout_s=settings.drain_timeout_s,
+            prefill_window_tokens=prefill_window_tokens,
+        )
+        for identity in identities
+    ]
+    _install_signals(runtimes)
+    return max(await asyncio.gather(*map(_live_one, runtimes)))
+
+
+async def _live_one(runtime: WorkerRuntime) -> int:
+    identity = runtime.identity
     event(logger, "worker starting", worker_id=identity.worker_id, boot_id=identity.boot_id, pid=identity.pid)
     try:
         if not await _start(runtime):
@@ -115,10 +129,12 @@ async def _start(runtime: WorkerRuntime) -> bool:
     return True
 
 
-def _install_signals(runtime: WorkerRuntime) -> None:
+def _install_signals(runtimes: list[WorkerRuntime]) -> None:
     def on_signal(number: signal.Signals) -> None:
-        if runtime.end is None:
+        undisturbed = [runtime for runtime in runtimes if runtime.end is None]
+        for runtime in undisturbed:
             runtime.request_drain(f"{number.name} received")
+        if undisturbed:
             return
         # An orderly exit was under way; whoever asks twice does not want to wait for it.
         sys.stdout.flush()

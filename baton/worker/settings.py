@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from baton.settings import SettingsError, option
+from baton.step_time.text import parse_step_time
 from baton.wire.endpoints import DEFAULT_FLEET_PORT, DEFAULT_HOST, parse_address
 
 
@@ -49,6 +50,15 @@ class WorkerSettings:
     simulated_prefill_tokens_per_s: float | None = option(
         None, "simulated engine: speed of prefill; absent: prompts take no time"
     )
+    simulated_step_time: str | None = option(
+        None,
+        "simulated engine: how long steps take, instead of the two above: MODEL@GPU, MODEL@GPUxTP or "
+        "linear:base_s=0.004,per_prefill_token_s=2e-5,… with the names of baton.step_time.LinearStepTime",
+        metavar="WHICH",
+    )
+    simulated_num_workers: int = option(
+        1, "simulated engine: so many workers in this process, named worker_id-1, -2, …"
+    )
     simulated_transfer_s: float = option(0.0, "simulated engine: seconds of one pull of KV")
     simulated_mean_output_tokens: int | None = option(
         None, "simulated engine: sequences end by themselves after about so many tokens; absent: never"
@@ -75,7 +85,7 @@ class WorkerSettings:
         for name in (
             "tensor_parallel_size", "pipeline_parallel_size", "block_size_tokens", "max_model_len",
             "max_batch_size", "max_num_batched_tokens", "omp_threads", "num_blocks",
-            "simulated_mean_output_tokens",
+            "simulated_mean_output_tokens", "simulated_num_workers",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -83,6 +93,22 @@ class WorkerSettings:
         for name in ("drain_timeout_s", "simulated_step_s", "simulated_transfer_s", "simulated_fail_legs"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.simulated_num_workers > 1:
+            if self.engine == "vllm":
+                raise SettingsError("simulated_num_workers: each vllm engine has a process of its own")
+            if self.transfer_port is not None:
+                raise SettingsError(
+                    f"{self.simulated_num_workers} workers cannot share transfer_port {self.transfer_port}"
+                )
+        if self.simulated_step_time is not None:
+            if self.simulated_step_s or self.simulated_prefill_tokens_per_s is not None:
+                raise SettingsError(
+                    "simulated_step_time excludes simulated_step_s and simulated_prefill_tokens_per_s"
+                )
+            try:
+                parse_step_time(self.simulated_step_time)
+            except ValueError as error:
+                raise SettingsError(f"simulated_step_time: {error}") from error
         for name in ("kv_cache_gib", "simulated_prefill_tokens_per_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:

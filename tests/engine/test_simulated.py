@@ -17,9 +17,12 @@ from baton.contract.messages import KvSource, StartDecode, StartPrefill
 from baton.contract.sampling import SamplingSpec, StructuredOutput
 from baton.contract.tokens import pack_token_ids
 from baton.engine.simulated import SimulatedEngine
-from baton.engine.simulated_kv import HoldTable
+from baton.engine.simulated_holds import HoldIds
 from baton.engine.simulated_model import EOS_TOKEN_ID, SimulatedSequence, kv_of
 from baton.engine.simulated_settings import Faults, SimulatedEngineSettings
+from baton.policy.kv_feed import KvFeeds
+from baton.policy.kv_index import KvIndex
+from baton.step_time import LinearStepTime
 
 DEADLINE_S = 20.0
 
@@ -44,6 +47,7 @@ class Heard:
 
     def __init__(self):
         self.tokens, self.text, self.last = {}, {}, {}
+        self.kv_events = []
         self.prefills, self.failures = {}, {}
         self.death = None
         self.order = []
@@ -64,7 +68,7 @@ class Heard:
         self._news.set()
 
     def on_kv_events(self, events):
-        pass
+        self.kv_events += events
 
     def on_leg_failed(self, handoff_id, error):
         self.failures[handoff_id] = error
@@ -265,20 +269,109 @@ async def test_what_the_model_cannot_do_is_refused():
         assert heard.failures["h1"].param == "structured_output"
 
 
+# ── prefix cache ─────────────────────────────────────────────────────────────────────────────────
+
+
+@in_loop
+async def test_the_known_beginning_of_a_prompt_is_not_computed_again():
+    async with running() as (engine, heard):
+        for name, prompt in (("h1", [7] * 64), ("h2", [7] * 64), ("h3", [7] * 40 + [8] * 24)):
+            engine.start_prefill(prefill(name, prompt))
+            await heard.ended(name)
+            engine.abort(name)
+        cached = [heard.prefills[name].delta.num_cached_tokens for name in ("h1", "h2", "h3")]
+        assert cached == [0, 48, 32]  # the last token is always computed; full blocks of 16 only
+        assert engine.load().num_prefill_tokens_done == 64 + 16 + 32
+
+
+@in_loop
+async def test_kv_that_came_from_elsewhere_is_a_hit_afterwards_and_is_not_fetched_twice():
+    prompt = [5] * 64
+    async with running() as (source_engine, source), running() as (engine, heard):
+        for name in ("h1", "h2"):
+            source_engine.start_prefill(prefill(name, prompt))
+            await source.ended(name)
+            engine.start_decode(decode(name, [*prompt, 9], source.prefills[name].kv_source))
+            await heard.ended(name)
+        load = engine.load()
+        assert load.num_kv_transfers == 2
+        assert load.num_kv_bytes_received == 4 * engine.settings.kv_bytes_per_block  # of the first alone
+
+
+@in_loop
+async def test_prompt_logprobs_need_every_position():
+    async with running() as (engine, heard):
+        for name in ("h1", "h2"):
+            engine.start_prefill(prefill(name, [7] * 64, prompt_logprobs=1))
+            await heard.ended(name)
+        assert heard.prefills["h2"].delta.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+@in_loop
+async def test_kv_events_tell_every_hit_in_advance(seed):
+    """Prompts from a small tree through a small cache, one at a time: an index that hears the events
+    predicts exactly what the engine finds, also after blocks were evicted."""
+    dice = random.Random(seed)
+    feed = KvFeeds(index := KvIndex(16))
+    feed.joined(0, "boot")
+    num_hits = 0
+    async with running(num_blocks=24) as (engine, heard):
+        for number in range(200):
+            prompt = [
+                token
+                for _ in range(dice.randint(1, 5))
+                for token in [dice.randrange(2)] * dice.choice([16, 24])
+            ]
+            feed.received(0, "boot", number, heard.kv_events)
+            heard.kv_events = []
+            [predicted] = index.blocks_by_slot(index.match(index.prompt(pack_token_ids(prompt))), 1)
+            engine.start_prefill(prefill(f"h{number}", prompt))
+            await heard.ended(f"h{number}")
+            engine.abort(f"h{number}")
+            cached = heard.prefills[f"h{number}"].delta.num_cached_tokens
+            assert cached == predicted * 16
+            num_hits += cached > 0
+    assert 50 < num_hits < 200
+
+
+# ── pace ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("late_s", "expected_s"), [(0.0, 0.1), (0.09, 0.1), (5.0, 5.04)], ids=["on time", "late", "stood still"]
+)
+@in_loop
+async def test_steps_follow_each_other_without_gaps_unless_the_machine_stood_still(late_s, expected_s):
+    """Ten chunks of 0.01 s each. Late timers do not add up: the next step begins where the one before
+    it was planned to end. After standing still it goes on from then, with the four steps that are left."""
+    clock = ManualClock()
+    async with running(
+        clock, max_num_batched_tokens=16, step_time=LinearStepTime(base_s=0.01), num_blocks=10
+    ) as (engine, heard):
+        engine.start_prefill(prefill("h1", list(range(160))))
+        while engine.load().num_prefill_tokens_done < 80:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        clock.advance(late_s)
+        await heard.ended("h1")
+        assert heard.prefills["h1"].prefill_s == pytest.approx(expected_s, abs=0.011)
+        assert heard.prefills["h1"].queue_s == 0.0
+
+
 # ── leases and transfers ─────────────────────────────────────────────────────────────────────────
 
 
-def test_holds_end_in_order_of_time():
-    table = HoldTable(lease_s=30.0)
-    first = table.add("h1", kv=1, num_blocks=2, now_s=0.0)
-    table.add("h2", kv=2, num_blocks=3, now_s=10.0)
-    assert table.expire(now_s=29.9) == 0
-    assert table.next_end_s() == 30.0
-    assert table.expire(now_s=30.0) == 2
-    assert table.take(first) is None
-    assert table.expire(now_s=40.0) == 3
-    assert table.next_end_s() is None
-    assert len(table) == 0
+def test_hold_ids_are_read_once_and_forgotten_after_their_lease():
+    holds = HoldIds()
+    first = holds.add("h1", kv=1, end_s=30.0, now_s=0.0)
+    second = holds.add("h2", kv=2, end_s=40.0, now_s=10.0)
+    third = holds.add("h3", kv=3, end_s=60.0, now_s=30.0)
+    assert holds.take(first) is None
+    hold = holds.take(second)
+    assert hold is not None and (hold.handoff_id, hold.kv) == ("h2", 2)
+    assert holds.take(second) is None
+    assert holds.forget("h3") and not holds.forget("h3")
+    assert holds.take(third) is None and len(holds) == 0
 
 
 @in_loop
@@ -435,7 +528,10 @@ async def test_the_next_legs_fail_when_told_to():
 
 @in_loop
 async def test_death_fails_what_runs_before_it_is_told():
-    async with running(faults=Faults(num_legs_until_death=2), step_s=3_600.0) as (engine, heard):
+    async with running(faults=Faults(num_legs_until_death=2), step_time=LinearStepTime(base_s=3_600.0)) as (
+        engine,
+        heard,
+    ):
         for number in range(3):
             engine.start_decode(decode(f"h{number}", [1]))
         await heard.until(lambda: heard.death)
@@ -444,7 +540,7 @@ async def test_death_fails_what_runs_before_it_is_told():
 
 @in_loop
 async def test_stop_fails_what_runs_and_may_be_repeated():
-    async with running(step_s=3_600.0) as (engine, heard):
+    async with running(step_time=LinearStepTime(base_s=3_600.0)) as (engine, heard):
         engine.start_decode(decode("h1", [1]))
         await engine.stop()
         await engine.stop()

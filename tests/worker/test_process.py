@@ -126,6 +126,19 @@ async def test_engine_death_fails_legs_and_exits_1(make_coordinator, start_decod
         assert await worker.exit_code() == 1
 
 
+async def test_one_process_can_be_several_simulated_workers(make_coordinator):
+    coordinator = make_coordinator()
+    arguments = options(coordinator, "--worker-id", "w", "--simulated-num-workers", "3")
+    async with worker_process("decode", *arguments) as worker:
+        await coordinator.expect(RegisterWorker, 3)
+        registrations = coordinator.of(RegisterWorker)
+        assert sorted(registration.worker_id for registration in registrations) == ["w-1", "w-2", "w-3"]
+        assert len({registration.boot_id for registration in registrations}) == 3
+        worker.signal(signal.SIGTERM)
+        await coordinator.expect(WorkerLeaving, 6)
+        assert await worker.exit_code() == 0
+
+
 async def test_a_taken_transfer_port_stops_the_start(make_coordinator):
     coordinator = make_coordinator()
     port = str(coordinator.port)
@@ -142,6 +155,19 @@ async def test_a_taken_transfer_port_stops_the_start(make_coordinator):
         pytest.param(["--model", "m", "--coordinator", "h:x"], "not an address", id="bad address"),
         pytest.param(["--model", "m", "--block-size-tokens", "0"], "block_size_tokens is 0", id="bad number"),
         pytest.param(["--modell", "m"], "--modell", id="unknown flag"),
+        pytest.param(
+            ["--engine", "simulated", "--simulated-step-time", "linear:base=1"],
+            "'base' is no part",
+            id="step time",
+        ),
+        pytest.param(
+            ["--engine", "simulated", "--simulated-step-time", "linear:base_s=1", "--simulated-step-s", "1"],
+            "simulated_step_time excludes",
+            id="two step times",
+        ),
+        pytest.param(
+            ["--model", "m", "--simulated-num-workers", "2"], "a process of its own", id="two engines"
+        ),
     ],
 )
 async def test_bad_settings_stop_the_start_with_2(arguments, words):
