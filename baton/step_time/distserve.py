@@ -177,7 +177,7 @@ def distserve(model: str, tensor_parallel_size: int, pipeline_parallel_size: int
         raise ValueError(
             f"DistServe published no constants of {model} with TP {tensor_parallel_size}, only of {published}"
         )
-    notes = ()
+    notes: tuple[str, ...] = ()
     if pipeline_parallel_size > 1:
         notes = (
             f"PP {pipeline_parallel_size}: DistServe divides by the stages, it published no measurement",

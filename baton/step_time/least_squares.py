@@ -46,4 +46,5 @@ def non_negative_least_squares(matrix: Array, target: Array) -> Array:
             x[~is_free] = 0.0
             if not is_free.any():
                 break
-    return x / np.where(sizes > 0, sizes, 1.0)
+    result: Array = x / np.where(sizes > 0, sizes, 1.0)
+    return result
