@@ -63,7 +63,7 @@ class WorkerAccount:
     """One worker's commitments. Made by `Ledger.open`; the only writer of its row."""
 
     __slots__ = ("_ahead", "_cells", "_entries", "_ledger", "_seen_total", "_waiting", "block_size_tokens",
-                 "capacity", "load", "num_kv_tokens", "num_queued_tokens", "num_reserved_blocks",
+                 "capacity", "last_turn", "load", "num_kv_tokens", "num_queued_tokens", "num_reserved_blocks",
                  "prefill_window_tokens", "slot", "worker_id")  # fmt: skip
 
     def __init__(
@@ -93,6 +93,8 @@ class WorkerAccount:
         self._entries: dict[str, _Entry] = {}
         self._waiting: dict[str, _Entry] = {}
         """Legs whose prompt is not computed yet, oldest first."""
+        self.last_turn = 0
+        """Of its latest commit; 0 before the first."""
         self._seen_total: int | None = None
         self._ahead = 0
         """Tokens of ended legs that the engine's total has yet to account for."""
@@ -140,7 +142,7 @@ class WorkerAccount:
             self.num_kv_tokens += num_kv_tokens
             cells[_KV_TOKENS] = self.num_kv_tokens
         cells[_LEGS] = len(self._entries)
-        cells[_TURN] = self._ledger.next_turn()
+        self.last_turn = cells[_TURN] = self._ledger.next_turn()
 
     def observe(self, load: WorkerLoad) -> bool:
         """Counters of one engine step or heartbeat; prefill progress is drained from the queue. True:

@@ -17,7 +17,7 @@ import pytest
 
 from baton.contract.messages import WorkerCapacity
 from baton.policy.base import Candidates, Choice, Policy, RequestFacts, choose
-from baton.policy.ledger import Ledger
+from baton.policy.ledger import Ledger, Pool
 from baton.policy.lmetric import LMetric
 from baton.policy.preble import Preble
 from baton.policy.registry import NAMES, by_name
@@ -169,8 +169,8 @@ def oracle_slo(workers: list[State], prompt: int) -> set[int]:
 
 
 ORACLES: dict[str, Callable[[list[State], int], set[int]]] = {
-    "lmetric": lambda ws, n: argmins([((w.queued + n - w.hit) * (w.legs + 1), w.legs) for w in ws]),
-    "p-token": lambda ws, n: argmins([(w.queued + n - w.hit, w.legs) for w in ws]),
+    "lmetric": lambda ws, n: argmins([((w.queued + n - w.hit) * (w.legs + 1), w.legs, w.turn) for w in ws]),
+    "p-token": lambda ws, n: argmins([(w.queued + n - w.hit, w.legs, w.turn) for w in ws]),
     "vllm": lambda ws, n: argmins([4 * w.waiting + (w.legs - w.waiting) for w in ws]),
     "vllm:5": lambda ws, n: argmins([4 * w.waiting + w.legs for w in ws]),
     "linear:0.7": oracle_linear(0.7),
@@ -248,6 +248,25 @@ def test_exact_ties_are_drawn_not_given_to_the_first():
     assert max(counts) < 1.2 * 500 and min(counts) > 0.8 * 500
 
 
+@pytest.mark.parametrize("name", ["lmetric", "p-token", "smallest-batch"])
+def test_with_nothing_in_flight_work_goes_round(name):
+    """448 requests, each after the one before it has ended: equal shares, not a draw's."""
+    ledger, pool, policy = Ledger(), Pool(), by_name(name)
+    for number in range(7):
+        capacity = WorkerCapacity(num_blocks=64, max_batch_size=8, max_model_len=512, kv_bytes_per_block=1)
+        pool.add(ledger.open(f"w{number}", capacity, BLOCK))
+    counts = dict.fromkeys(range(7), 0)
+    facts = RequestFacts(num_prompt_tokens=100, num_expected_output_tokens=1)
+    rng = random.Random(1)
+    for number in range(448):
+        choice = choose(policy, Candidates(facts, ledger, pool.slots, draw=rng.getrandbits(48), now_s=0.0))
+        assert choice is not None
+        choice.account.commit(f"{number}", num_queued_tokens=100, num_blocks=7)
+        choice.account.release(f"{number}")
+        counts[choice.slot] += 1
+    assert set(counts.values()) == {64}
+
+
 def test_no_candidate_means_wait_and_one_is_not_ranked():
     assert choose(LMetric(), candidates([], 10)) is None
     only = choose(LMetric(), candidates([State(legs=9)], 10))
@@ -266,7 +285,7 @@ class Scaled:
 
     def rank(self, c: Candidates) -> tuple[Any, ...]:
         p, b = self._p * c.p_tokens.astype(float), self._b * c.batch.astype(float)
-        return (p * b if self._is_product else 0.5 * p + 0.5 * b, c.batch)
+        return (p * b if self._is_product else 0.5 * p + 0.5 * b, c.batch, c.last_turn)
 
     def committed(self, c: Candidates, position: int) -> None: ...
 
