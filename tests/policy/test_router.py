@@ -202,7 +202,7 @@ def test_the_table_shows_all_workers_and_marks_one():
     made = fleet.router.choose_prefill(facts(1000), fleet.router.known_hits(PACKED), 0.0)
     assert made is not None
     text = explain.table(explain.record(made.choice, fleet.worker_id)).splitlines()
-    columns = ["hit_tokens", "last_turn", "num_legs", "num_queued_tokens", "key1", "key2", "key3"]
+    columns = ["hit_tokens", "num_legs", "num_queued_tokens", "last_turn", "key1", "key2", "key3"]
     assert text[0].split() == ["worker", *columns]
     assert text[3].split() == [">", "p2", "992", "0", "0", "0", "8", "1", "0"]
     assert text[-1] == "lmetric: p2 for 1000 tokens"
