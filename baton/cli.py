@@ -35,6 +35,7 @@ COMMANDS = {
     "decode": Command("decode_worker.__main__", "one decode worker"),
     "both": Command("baton.worker.both", "one worker for both phases: small fleets, colocated serving"),
     "submit": Command("baton.submit", "send a prompt to a coordinator and print the tokens as they come"),
+    "explain": Command("baton.explain", "why a request went where it went, from the decision log"),
     "doctor": Command("baton.doctor", "find what is wrong with this installation"),
 }
 

@@ -30,7 +30,7 @@ LAYERS: list[list[str]] = [
     ["baton.engine", "baton.client", "baton.replay"],
     ["baton.worker"],
     ["coordinator", "prefill_worker", "decode_worker", "placement"],
-    ["baton.launch_plan", "baton.self_test", "baton.submit"],
+    ["baton.launch_plan", "baton.self_test", "baton.submit", "baton.explain"],
     ["baton.launcher", "baton.doctor"],
     ["baton.cli"],
 ]
@@ -65,7 +65,8 @@ NEVER = [
     ("placement", "baton.engine"),
     ("placement", "baton.transfer"),
     # The launcher starts roles as processes; only the command line imports them.
-    *[(entry, role) for entry in ("baton.launcher", "baton.launch_plan", "baton.doctor", "baton.submit")
+    *[(entry, role) for entry in ("baton.launcher", "baton.launch_plan", "baton.doctor", "baton.submit",
+                                  "baton.explain")
       for role in ("coordinator", "prefill_worker", "decode_worker", "placement")],
 ]  # fmt: skip
 

@@ -28,6 +28,21 @@ class WorkerRole(str, Enum):
 PHASES = (WorkerRole.PREFILL, WorkerRole.DECODE)
 
 
+class Way(str, Enum):
+    """How one attempt was served; also the metric label."""
+
+    DISAGGREGATED = "disaggregated"
+    """Prefill on one worker, its KV read by another."""
+    COLOCATED = "colocated"
+    """Both phases fell to one worker."""
+    STAYED = "stayed"
+    """The decode worker computed what it did not hold of the prompt, see `baton.policy.stay_or_go`."""
+    PREFILL_ONLY = "prefill only"
+    """The first token was the whole answer."""
+    RECOMPUTED = "recomputed"
+    """The prompt had been computed, its KV was lost, and the decode worker computed it again."""
+
+
 class RequestState(Enum):
     QUEUED = "queued"
     """Accepted; waits for a prefill worker and room on a decode worker."""

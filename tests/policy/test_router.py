@@ -185,7 +185,7 @@ def test_a_logged_decision_is_made_again_from_its_line(name):
         hits = fleet.router.known_hits(PACKED)
         made = fleet.router.choose_prefill(facts(1000), hits, now_s=float(step))
         assert made is not None
-        lines.append((explain.to_line(explain.record(made.choice, fleet.worker_id)), made.choice.position))
+        lines.append((json.dumps(explain.record(made.choice, fleet.worker_id)), made.choice.position))
         made.choice.account.commit(f"s{step}", num_queued_tokens=8, num_blocks=1)
         fleet.router.committed(f"s{step}", made, hits)
     for line, position in lines:

@@ -1,0 +1,87 @@
+"""How fast this fleet is, learnt from what its workers report. No I/O.
+
+    prefill   tokens, pairs      → seconds from first step to first token, of prompts computed alone
+    decode    batch, context     → seconds between two steps of a decode worker, every eighth
+    hand-off  bytes to move      → seconds from prefill's end to the decode worker's first token
+
+Each is a non-negative fit over about the last thousand measurements. Workers of one phase are taken
+to be alike, and a prompt to cost a decode worker what it costs a prefill worker on top of a step of
+its own. Nothing is known until each has been measured often enough, and until prompts differed in
+length: from equal ones nobody can tell what half of one costs. Until then every prompt goes.
+"""
+
+from __future__ import annotations
+
+from baton.policy.stay_or_go import Pace
+from baton.step_time.base import prefill_pairs
+from baton.step_time.linear import LinearStepTime
+from baton.step_time.running_fit import RunningFit
+
+MIN_MEASURED = 32
+MIN_SPREAD = 0.1
+"""Of prompt lengths: standard deviation over mean."""
+STEPS_PER_MEASUREMENT = 8
+"""A step's time differs little from the next one's, and this is the hot path."""
+MAX_BETWEEN_FITS = 512
+
+
+class FleetPace:
+    def __init__(self) -> None:
+        self._prefill = RunningFit(3)
+        self._decode = RunningFit(3)
+        self._handoff = RunningFit(2)
+        self._num_steps = 0
+        self._pace: Pace | None = None
+        self._next_fit_at = 0
+
+    @property
+    def num_measured(self) -> dict[str, float]:
+        return {
+            "prefill": self._prefill.num_added,
+            "decode": self._decode.num_added,
+            "handoff": self._handoff.num_added,
+        }
+
+    def prefilled(self, num_new_tokens: int, num_hit_tokens: int, prefill_s: float) -> None:
+        """A prompt that was alone on its worker."""
+        pairs = prefill_pairs(num_new_tokens, num_hit_tokens)
+        self._prefill.add((1.0, float(num_new_tokens), pairs), prefill_s)
+
+    def stepped(self, num_decodes: int, num_context_tokens: int, step_s: float) -> None:
+        """A decode step that followed another one at once, without prompts in it."""
+        self._num_steps += 1
+        if self._num_steps % STEPS_PER_MEASUREMENT == 0:
+            self._decode.add((1.0, float(num_decodes), float(num_context_tokens)), step_s)
+
+    def handed_over(self, num_bytes: float, handoff_s: float) -> None:
+        self._handoff.add((1.0, num_bytes), handoff_s)
+
+    def pace(self) -> Pace | None:
+        """As last fitted; None while too little is known."""
+        num_added = self._prefill.num_added + self._handoff.num_added
+        if num_added >= self._next_fit_at:
+            self._next_fit_at = num_added + min(MAX_BETWEEN_FITS, max(MIN_MEASURED, num_added // 2))
+            self._pace = self._fit()
+        return self._pace
+
+    def _fit(self) -> Pace | None:
+        fits = (self._prefill, self._decode, self._handoff)
+        if any(fit.num_added < MIN_MEASURED for fit in fits) or self._prefill.spread(1) < MIN_SPREAD:
+            return None
+        prefill_base, per_token, per_pair = self._prefill.coefficients()
+        decode_base, per_decode, per_context = self._decode.coefficients()
+        handoff_base, per_byte = self._handoff.coefficients()
+        return Pace(
+            prefill=LinearStepTime(
+                base_s=prefill_base, per_prefill_token_s=per_token, per_prefill_pair_s=per_pair
+            ),
+            decode=LinearStepTime(
+                base_s=decode_base,
+                per_prefill_token_s=per_token,
+                per_prefill_pair_s=per_pair,
+                per_decode_s=per_decode,
+                per_context_token_s=per_context,
+            ),
+            handoff_s=handoff_base,
+            handoff_per_byte_s=per_byte,
+        )

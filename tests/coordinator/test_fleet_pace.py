@@ -1,0 +1,65 @@
+"""The fleet's pace from what workers report."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from baton.step_time.base import StepWork, prefill_pairs
+from coordinator.fleet_pace import MIN_MEASURED, STEPS_PER_MEASUREMENT, FleetPace
+
+
+def learn(pace: FleetPace, rng: random.Random, *, lengths=(100, 2000), num: int = 200) -> None:
+    for _ in range(num):
+        tokens, hits = rng.randint(*lengths), rng.choice([0, 256])
+        pace.prefilled(tokens, hits, 0.01 + 1e-4 * tokens + 1e-8 * prefill_pairs(tokens, hits))
+        num_bytes = rng.randint(10**6, 10**8)
+        pace.handed_over(num_bytes, 0.004 + num_bytes * 1e-9)
+        for _ in range(STEPS_PER_MEASUREMENT):
+            batch = rng.randint(1, 32)
+            context = batch * rng.randint(100, 2000)
+            pace.stepped(batch, context, 0.005 + 1e-4 * batch + 1e-8 * context)
+
+
+def test_nothing_is_known_before_everything_was_measured():
+    pace = FleetPace()
+    assert pace.pace() is None
+    learn(pace, random.Random(1), num=MIN_MEASURED - 1)
+    assert pace.pace() is None
+
+
+def test_equal_prompts_tell_nothing_about_shorter_ones():
+    pace = FleetPace()
+    rng = random.Random(1)
+    for _ in range(100):
+        pace.prefilled(500, 0, 0.06)
+        pace.handed_over(1e6, 0.01)
+        for _ in range(STEPS_PER_MEASUREMENT):
+            pace.stepped(rng.randint(1, 8), 1000, 0.005)
+    assert pace.pace() is None
+
+
+def test_what_was_measured_is_predicted():
+    pace = FleetPace()
+    learn(pace, random.Random(2))
+    known = pace.pace()
+    assert known is not None
+    work = StepWork(num_prefill_tokens=300, num_prefill_pairs=prefill_pairs(300, 256))
+    assert known.prefill.step_s(work) == pytest.approx(0.01 + 0.03 + 1e-8 * prefill_pairs(300, 256), rel=1e-3)
+    mixed = work._replace(num_decodes=4, num_context_tokens=4000)
+    prompt_s = 0.03 + 1e-8 * prefill_pairs(300, 256)
+    assert known.decode.step_s(mixed) == pytest.approx(0.005 + 4e-4 + 4e-5 + prompt_s, rel=1e-3)
+    assert known.handoff_s == pytest.approx(0.004, rel=1e-3)
+    assert known.handoff_per_byte_s == pytest.approx(1e-9, rel=1e-3)
+
+
+def test_a_fleet_that_changes_is_learnt_again():
+    pace = FleetPace()
+    learn(pace, random.Random(3))
+    assert pace.pace() is not None
+    for _ in range(6000):
+        pace.handed_over(1e6, 0.5)
+        known = pace.pace()
+    assert known is not None
+    assert known.handoff_s + 1e6 * known.handoff_per_byte_s == pytest.approx(0.5, rel=0.1)
