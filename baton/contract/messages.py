@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from baton.contract.errors import ErrorReport
-from baton.contract.lifecycle import Outcome, WorkerRole
+from baton.contract.lifecycle import Outcome, Way, WorkerRole
 from baton.contract.sampling import SamplingSpec
 
 
@@ -311,6 +311,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     prefill_worker: str | None = None
     decode_worker: str | None = None
+    way: Way | None = None
+    way_reason: str | None = None
     first_token_by: WorkerRole | None = None
     first_token_reason: str | None = None
     num_attempts: int = 1

@@ -12,12 +12,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from enum import Enum
 from functools import lru_cache
 
 import msgspec
 
 from baton.contract.errors import DuplicateRequest, ServingError, error_from_report
-from baton.contract.lifecycle import Outcome
+from baton.contract.lifecycle import Outcome, Way, WorkerRole
 from baton.contract.messages import Placement, RequestReport, SequenceDelta, TokenLogprobs
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import num_token_ids
@@ -162,6 +163,10 @@ class Answer(ABC):
             prompts.setdefault(id(sequence.prompt), (num_token_ids(sequence.prompt.token_ids), cached))
         return sum(n for n, _ in prompts.values()), num_output, sum(c for _, c in prompts.values())
 
+    def reports(self) -> list[RequestReport]:
+        """Of the sequences that have ended."""
+        return [sequence.report for sequence in self._sequences if sequence.report is not None]
+
     def _client_gone(self) -> None:
         if not self.is_over:
             self.is_over = True
@@ -186,42 +191,95 @@ def echoed_logprobs(sequence: Sequence) -> list[TokenLogprobs | None]:
     return [*known, *[None] * (num_token_ids(sequence.prompt.token_ids) - len(known))]
 
 
-@lru_cache(maxsize=4096)  # a fleet has few pairs, and each request asks
 def placement_headers(placements: tuple[Placement, ...]) -> bytes:
-    """Who served the request; several values when its sequences were served apart."""
-    lines = []
-    for name, values in (
-        ("x-baton-prefill-worker", [p.prefill_worker for p in placements]),
-        ("x-baton-decode-worker", [p.decode_worker for p in placements]),
-        ("x-baton-first-token", [_first_token(p) for p in placements]),
-    ):
-        distinct = dict.fromkeys(value for value in values if value)
-        if distinct:
-            lines.append(f"{name}: {header_text(', '.join(distinct))}\r\n")
-    return "".join(lines).encode("ascii")
+    """Who served the request, which way, and what of its prompt was cached; several values when its
+    sequences were served apart. Complete but for hits that the engine tells at the end."""
+    return _served_headers(tuple(map(_served, placements))) + _header_lines(_hit_fields(placements))
 
 
-def phase_headers(reports: Seq[RequestReport]) -> bytes:
+Served = tuple[str | None, str | None, Way | None, str | None, WorkerRole | None, str | None]
+
+
+def _served(p: Placement) -> Served:
+    return p.prefill_worker, p.decode_worker, p.way, p.way_reason, p.first_token_by, p.first_token_reason
+
+
+@lru_cache(maxsize=4096)  # a fleet has few pairs, and each request asks
+def _served_headers(served: tuple[Served, ...]) -> bytes:
+    return _header_lines(_served_fields(served))
+
+
+def _served_fields(served: Seq[Served]) -> list[tuple[str, str]]:
+    return _distinct(
+        ("prefill-worker", [prefill for prefill, *_ in served]),
+        ("decode-worker", [decode for _, decode, *_ in served]),
+        ("way", [_with_reason(way, why) for _, _, way, why, _, _ in served]),
+        ("first-token", [_with_reason(by, why) for *_, by, why in served]),
+    )
+
+
+def _hit_fields(placements: Seq[Placement]) -> list[tuple[str, str]]:
+    return _distinct(
+        ("hit-tokens-predicted", [_shown(p.predicted_hit_tokens) for p in placements]),
+        ("hit-tokens", [_shown(p.hit_tokens) for p in placements]),
+    )
+
+
+def _distinct(*fields: tuple[str, list[str | None]]) -> list[tuple[str, str]]:
+    joined = [(name, ", ".join(dict.fromkeys(filter(None, values)))) for name, values in fields]
+    return [(name, header_text(value)) for name, value in joined if value]
+
+
+def _with_reason(what: Enum | None, reason: str | None) -> str | None:
+    if what is None:
+        return None
+    return f"{what.value}; {reason}" if reason else str(what.value)
+
+
+def _shown(number: int | None) -> str | None:
+    return None if number is None else str(number)
+
+
+def _phase_fields(reports: Seq[RequestReport]) -> list[tuple[str, str]]:
     """Phase times of the sequence that took longest, in milliseconds: people read these."""
-    slowest = max(reports, key=lambda r: sum((r.phases.queue_s, r.phases.prefill_s,
-                                              r.phases.handoff_s, r.phases.decode_s)))  # fmt: skip
-    phases = slowest.phases
-    return (
-        f"x-baton-queue-ms: {phases.queue_s * 1e3:.1f}\r\n"
-        f"x-baton-prefill-ms: {phases.prefill_s * 1e3:.1f}\r\n"
-        f"x-baton-handoff-ms: {phases.handoff_s * 1e3:.1f}\r\n"
-        f"x-baton-decode-ms: {phases.decode_s * 1e3:.1f}\r\n"
-        f"x-baton-attempts: {max(r.placement.num_attempts for r in reports)}\r\n"
-    ).encode("ascii")
+    phases = max(
+        (r.phases for r in reports), key=lambda p: p.queue_s + p.prefill_s + p.handoff_s + p.decode_s
+    )
+    return [
+        ("queue-ms", f"{phases.queue_s * 1e3:.1f}"),
+        ("prefill-ms", f"{phases.prefill_s * 1e3:.1f}"),
+        ("handoff-ms", f"{phases.handoff_s * 1e3:.1f}"),
+        ("decode-ms", f"{phases.decode_s * 1e3:.1f}"),
+        ("attempts", str(max(r.placement.num_attempts for r in reports))),
+        ("kv-bytes", str(sum(r.kv_bytes for r in reports))),
+    ]
+
+
+def ending_headers(reports: Seq[RequestReport]) -> bytes:
+    """What is known at the end only."""
+    return _header_lines(_phase_fields(reports))
+
+
+def ending_trailers(reports: Seq[RequestReport]) -> bytes:
+    """After a stream, for clients that say they read trailers."""
+    return _header_lines([*_hit_fields([r.placement for r in reports]), *_phase_fields(reports)])
+
+
+def ending_document(reports: Seq[RequestReport]) -> dict[str, str]:
+    """All of the headers, for the usage event of a stream."""
+    placements = [report.placement for report in reports]
+    fields = [
+        *_served_fields(list(map(_served, placements))),
+        *_hit_fields(placements),
+        *_phase_fields(reports),
+    ]
+    return {name.replace("-", "_"): value for name, value in fields}
+
+
+def _header_lines(fields: list[tuple[str, str]]) -> bytes:
+    return "".join([f"x-baton-{name}: {value}\r\n" for name, value in fields]).encode("ascii")
 
 
 def header_text(text: str) -> str:
     """A worker's name comes over the wire: nothing in it may end a header line."""
     return "".join(c if " " <= c <= "~" else "?" for c in text)[:512]
-
-
-def _first_token(placement: Placement) -> str | None:
-    if placement.first_token_by is None:
-        return None
-    reason = f"; {placement.first_token_reason}" if placement.first_token_reason else ""
-    return placement.first_token_by.value + reason

@@ -67,6 +67,12 @@ class Exchange:
         self._is_chunked = not request.is_old
 
     @property
+    def reads_trailers(self) -> bool:
+        """The client said so, and its stream has a place for them."""
+        te = self.request.headers.get(b"te")
+        return te is not None and self._is_chunked and b"trailers" in te.lower()
+
+    @property
     def is_done(self) -> bool:
         """Answered, or nobody left to answer."""
         return self._state == self._DONE
@@ -118,13 +124,13 @@ class Exchange:
             self._head = b""
         self._owner.write_bounded(data)
 
-    def end_stream(self, last: bytes) -> None:
-        """`last` holds the final events."""
+    def end_stream(self, last: bytes, trailers: bytes = b"") -> None:
+        """`last` holds the final events, `trailers` complete header lines for a client that reads them."""
         if self._state != self._STREAMING:
             return
         self._end()
         if self._is_chunked:
-            last = b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last)
+            last = b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(last), last, trailers)
         self._owner.write_bounded(self._head + last)
         self._owner.exchange_done(self, must_close=not self._is_chunked)
 

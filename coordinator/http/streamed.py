@@ -16,7 +16,15 @@ from baton.contract.errors import ServingError
 from baton.contract.messages import Placement, RequestReport, SequenceDelta
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import num_token_ids, unpack_token_ids
-from coordinator.http.answer import Answer, AnswerStyle, Prompt, Sequence, placement_headers
+from coordinator.http.answer import (
+    Answer,
+    AnswerStyle,
+    Prompt,
+    Sequence,
+    ending_document,
+    ending_trailers,
+    placement_headers,
+)
 from coordinator.http.exchange import Exchange
 from coordinator.http.logprobs import CompletionLogprobs, chat_logprobs
 from coordinator.http.sse import DONE, ChunkFormat, error_event, to_json, usage_fields, usage_suffix
@@ -114,9 +122,11 @@ class StreamedAnswer(Answer):
         last = self._held
         if self.style.include_usage:
             assert self._format is not None
-            last += self._format.usage_event(usage_fields(*self.num_tokens()))
+            usage = usage_fields(*self.num_tokens())
+            last += self._format.usage_event(usage, ending_document(self.reports()))
         self._held = b""
-        self.exchange.end_stream(last + DONE)
+        trailers = ending_trailers(self.reports()) if self.exchange.reads_trailers else b""
+        self.exchange.end_stream(last + DONE, trailers)
 
     def failed(self, error: ServingError, placement: Placement) -> None:
         if not self._has_begun:

@@ -15,7 +15,7 @@ from coordinator.http.answer import (
     Prompt,
     Sequence,
     echoed_logprobs,
-    phase_headers,
+    ending_headers,
     placement_headers,
 )
 from coordinator.http.exchange import Exchange
@@ -59,8 +59,8 @@ class WholeAnswer(Answer):
             sequence.answer = self
 
     def completed(self) -> None:
-        reports = [sequence.report for sequence in self._collected if sequence.report is not None]
-        headers = placement_headers(tuple(report.placement for report in reports)) + phase_headers(reports)
+        reports = self.reports()
+        headers = placement_headers(tuple(report.placement for report in reports)) + ending_headers(reports)
         self.exchange.respond(200, to_json(self._document()), headers=headers)
         self._collected = ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from baton.contract.tokens import unpack_token_ids
+from tests.coordinator.http.conftest import request_bytes
 from tests.coordinator.http.fake_intake import Script
 
 
@@ -32,6 +33,10 @@ def test_a_whole_answer(at_site):
         assert answer.headers["x-baton-first-token"] == "prefill; plain sampling"
         assert answer.headers["x-baton-handoff-ms"] == "3.0"
         assert answer.headers["x-baton-attempts"] == "1"
+        assert answer.headers["x-baton-way"] == "disaggregated; two workers"
+        assert answer.headers["x-baton-hit-tokens-predicted"] == "2"
+        assert answer.headers["x-baton-hit-tokens"] == "2"
+        assert answer.headers["x-baton-kv-bytes"] == "1024"
         assert unpack_token_ids(site.intake.submissions[0].prompt_token_ids) == [1, 2, 3]
 
     at_site(scenario)
@@ -50,8 +55,32 @@ def test_a_stream_begins_with_its_first_token_and_ends_with_usage_and_done(at_si
         assert usage["choices"] == []
         assert usage["usage"]["completion_tokens"] == 2
         assert usage["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+        assert usage["baton"] == {
+            "prefill_worker": "prefill-0", "decode_worker": "decode-0", "way": "disaggregated; two workers",
+            "first_token": "prefill; plain sampling", "hit_tokens_predicted": "2", "hit_tokens": "2",
+            "queue_ms": "1.0", "prefill_ms": "2.0", "handoff_ms": "3.0", "decode_ms": "4.0",
+            "attempts": "1", "kv_bytes": "1024",
+        }  # fmt: skip
         assert {event["object"] for event in (first, last, usage)} == {"text_completion"}
         assert done == "[DONE]"
+
+    at_site(scenario)
+
+
+def test_a_client_that_reads_trailers_hears_the_phase_times_of_a_stream(at_site):
+    async def scenario(site):
+        body = {"prompt": [1, 2, 3], "max_tokens": 2, "stream": True}
+        for headers, is_told in (({}, False), ({"te": "trailers, deflate"}, True)):
+            headers = headers | {"connection": "close"}
+            raw = await site.raw(request_bytes("POST", "/v1/completions", body, headers))
+            head, _, rest = raw.partition(b"\r\n\r\n")
+            assert b"x-baton-way: disaggregated; two workers" in head
+            end = rest.rpartition(b"data: [DONE]\n\n\r\n0\r\n")[2]
+            if is_told:
+                lines = dict(line.split(b": ") for line in end.removesuffix(b"\r\n\r\n").split(b"\r\n"))
+                assert lines[b"x-baton-handoff-ms"] == b"3.0" and lines[b"x-baton-hit-tokens"] == b"2"
+            else:
+                assert end == b"\r\n"
 
     at_site(scenario)
 
