@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from baton.contract.messages import Message, Placement, RequestReport, SequenceDelta
@@ -24,6 +26,8 @@ class Finish(msgspec.Struct, frozen=True, gc=False):
     request_id: str
     handoff_id: str
     report: RequestReport
+    records: list[dict[str, Any]]
+    """Its decisions, one per attempt; empty unless they are kept."""
 
 
 Action = Send | Deliver | Finish

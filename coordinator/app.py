@@ -34,6 +34,7 @@ from baton.contract.messages import (
 from baton.wire.channels import RouterChannel
 from coordinator.actions import Action, Deliver, Finish, Send
 from coordinator.core import Core
+from coordinator.decision_log import DecisionLog
 from coordinator.fleet import Worker
 from coordinator.intake import FleetFacts, ResultSink, Submission
 
@@ -54,12 +55,15 @@ class Coordinator:
         boot_id: str,
         heartbeat_interval_s: float,
         heartbeat_timeout_s: float,
+        decision_log: DecisionLog | None = None,
     ) -> None:
+        """`decision_log`: for a core that keeps records."""
         self._core = core
         self._clock = clock
         self._boot_id = boot_id
         self._heartbeat_interval_s = heartbeat_interval_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._decision_log = decision_log
         self._fleet_channel = RouterChannel(self._on_worker_frames)
         self._ticker: asyncio.Task[None] | None = None
         self.on_finished: list[Callable[[RequestReport], None]] = []
@@ -236,6 +240,8 @@ class Coordinator:
             logged = msgspec.structs.replace(report, prompt_logprobs=None)
             line = _RequestLogLine(request_id=action.request_id, handoff_id=action.handoff_id, report=logged)
             request_log.info("%s", msgspec.json.encode(line).decode())
+        if self._decision_log is not None:
+            self._decision_log.write(action.request_id, action.records, report)
         for callback in self.on_finished:
             callback(report)
         action.sink.on_finished(report)

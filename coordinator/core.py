@@ -50,6 +50,7 @@ from coordinator.dispatch import Dispatch
 from coordinator.drain_rate import DrainRate
 from coordinator.first_token import is_usable
 from coordinator.fleet import FleetView, Worker
+from coordinator.fleet_pace import FleetPace
 from coordinator.intake import FleetFacts, ResultSink, Submission
 from coordinator.legs import start_decode, start_prefill, with_lease_left
 from coordinator.prefixes import FleetPrefixes
@@ -74,6 +75,8 @@ class CoreSettings:
     """Growth reserved for a request that asks for more; the engine preempts if it was too little."""
     kv_index_bytes: int = 2 * 1024**3
     """Most memory for the index of who holds which prefix; beyond it the least used is forgotten."""
+    keeps_records: bool = False
+    """Each request's decisions are handed out with its end, with all facts; for a log."""
 
 
 class Core:
@@ -93,6 +96,7 @@ class Core:
             decode_policy,
             expected_output_tokens=settings.expected_output_tokens,
             kv_index_bytes=settings.kv_index_bytes,
+            keeps_records=settings.keeps_records,
         )
         self._boot_id = boot_id
         self._num_handoffs = 0
@@ -113,6 +117,10 @@ class Core:
     @property
     def num_queued(self) -> int:
         return len(self._queue)
+
+    @property
+    def pace(self) -> FleetPace:
+        return self._dispatch.pace
 
     @property
     def prefixes(self) -> FleetPrefixes:
@@ -201,6 +209,11 @@ class Core:
             worker.account.correct(
                 delta.handoff_id, num_uncached_tokens=request.num_prompt_tokens - delta.num_cached_tokens
             )
+            if request.is_alone:
+                num_hit_tokens = delta.num_cached_tokens
+                self.pace.prefilled(
+                    request.num_prompt_tokens - num_hit_tokens, num_hit_tokens, message.prefill_s
+                )
         self._dispatch.prompt_computed(worker, delta.handoff_id, now_s)
         request.prefill_finished_s = now_s
         request.hit_tokens = delta.num_cached_tokens
@@ -230,6 +243,7 @@ class Core:
         actions: list[Action] = []
         account = worker.account
         is_room_freed = account.observe(message.load)
+        self.pace.heard_step(worker.step_clock, account, len(message.deltas), now_s)
         legs = self._legs
         for delta in message.deltas:
             request = legs.get(delta.handoff_id)
@@ -339,7 +353,11 @@ class Core:
             handoff_id,
             prefill_worker=None if prefill is None else prefill.worker_id,
             decode_worker=None if decode is None else decode.worker_id,
+            way=assignment.way,
+            way_reason=assignment.reason,
         )
+        if assignment.record is not None:
+            request.records.append(assignment.record)
         if prefill is None:
             request.move(RequestState.HANDING_OFF, now_s)
             return self._start_decode(request, None, now_s)
@@ -363,6 +381,8 @@ class Core:
             worker = self.fleet.get(request.decode_worker or "")
             if worker is not None:
                 self._dispatch.prompt_computed(worker, request.handoff_id, now_s)
+        elif request.kv_source is not None and request.prefill_finished_s is not None:
+            self.pace.handed_over(request.num_bytes_to_move, now_s - request.prefill_finished_s)
         request.move(RequestState.DECODING, now_s)
         request.first_decode_s = now_s
         if request.prefill_worker is not None:  # the KV has been read: that worker is done with us
@@ -435,7 +455,7 @@ class Core:
         self._drain_rate.count(now_s)
         actions.append(
             Finish(request.sink, request.request_id, request.handoff_id,
-                   final_report(request, outcome, now_s, last, error))
+                   final_report(request, outcome, now_s, last, error), request.records)
         )  # fmt: skip
         return actions
 

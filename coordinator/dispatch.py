@@ -9,16 +9,23 @@ this one's request has left already.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from baton.contract.lifecycle import WorkerRole
-from baton.policy.base import Policy, RequestFacts
-from baton.policy.ledger import WorkerAccount
-from baton.policy.room import num_blocks_wanted
+from baton.contract.lifecycle import Way, WorkerRole
+from baton.policy.base import Choice, Policy, RequestFacts
+from baton.policy.decision import Decision, StayOrGo, way_of
+from baton.policy.explain import read_all, record_decision
+from baton.policy.ledger import Pool, WorkerAccount
+from baton.policy.room import lack_of_prefill_room, lack_of_room, num_blocks_wanted
 from baton.policy.router import KnownHits, PrefillChoice, Router
 from coordinator.fleet import FleetView, Worker
+from coordinator.fleet_pace import FleetPace
 from coordinator.prefixes import FleetPrefixes
 from coordinator.request import Request
+from coordinator.staying import ask, num_bytes_to_move
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +36,37 @@ class Assignment:
     """None: the prompt was computed before, its KV is lost; the decode worker computes it again."""
     decode: WorkerAccount | None
     """None: the request is over with its first token."""
+    way: Way
+    reason: str
+    record: dict[str, Any] | None
+    """Every fact of the decision, where decisions are recorded."""
+
+
+@dataclass(slots=True)
+class _Chosen:
+    """What the router answered. The accounts are there without the choices where plain numbers did."""
+
+    prefill: WorkerAccount | None = None
+    decode: WorkerAccount | None = None
+    prefill_choice: PrefillChoice | None = None
+    decode_choice: Choice | None = None
+    is_colocated: bool = False
+    """`prefill_choice` is of both phases."""
+    stay_or_go: StayOrGo | None = None
+    not_asked: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Lesson:
+    """What the router learns from a decision once its request has left."""
+
+    handoff_id: str
+    slot: int
+    """Of the worker that computes the prompt."""
     choice: PrefillChoice | None
-    """How the worker that computes the prompt was chosen, if by more than plain numbers."""
+    """None: nobody chose that worker for prefill, the prompt stays where it is decoded."""
+    hits: KnownHits
+    now_s: float
 
 
 class Dispatch:
@@ -42,7 +78,9 @@ class Dispatch:
         *,
         expected_output_tokens: int,
         kv_index_bytes: int,
+        keeps_records: bool = False,
     ) -> None:
+        """`keeps_records`: every choice is made with a record of all that was read."""
         self._fleet = fleet
         self._expected_output_tokens = expected_output_tokens
         self._router = Router(
@@ -54,7 +92,9 @@ class Dispatch:
             decode_policy=decode_policy,
         )
         self.prefixes = FleetPrefixes(self._router, max_bytes=kv_index_bytes)
-        self._unlearned: tuple[str, PrefillChoice, KnownHits] | None = None
+        self.pace = FleetPace()
+        self._keeps_records = keeps_records
+        self._unlearned: _Lesson | None = None
 
     # ── workers ──────────────────────────────────────────────────────────────────────────────
 
@@ -79,34 +119,91 @@ class Dispatch:
             ),
         )
         hits = self._hits(request)
+        chosen = self._choose(request, facts, hits, now_s)
+        if chosen is None:
+            return None
+        prefill, decode = chosen.prefill, chosen.decode
+        way, reason = way_of(
+            None if prefill is None else prefill.worker_id,
+            None if decode is None else decode.worker_id,
+            None if chosen.stay_or_go is None else chosen.stay_or_go.costs,
+            chosen.not_asked,
+        )
+        record = self._record(handoff_id, chosen, facts) if self._keeps_records else None
+        if way is Way.STAYED:
+            prefill = decode
+        self._commit(request, handoff_id, facts, hits, prefill, decode)
+        if hits is not None and prefill is not None:
+            choice = None if way is Way.STAYED else chosen.prefill_choice
+            self._unlearned = _Lesson(handoff_id, prefill.slot, choice, hits, now_s)
+        return Assignment(prefill, decode, way, reason, record)
+
+    def _choose(
+        self, request: Request, facts: RequestFacts, hits: KnownHits | None, now_s: float
+    ) -> _Chosen | None:
+        router, chosen = self._router, _Chosen()
         is_computed = request.prompt_token_ids is not None
-        prefill: WorkerAccount | None = None
-        decode: WorkerAccount | None = None
-        choice: PrefillChoice | None = None
         if request.needs_decode and self._fleet.is_colocated:
-            choice = self._router.choose_colocated(facts, hits, now_s)
-            if choice is None:
+            chosen.prefill_choice = router.choose_colocated(facts, hits, now_s)
+            if chosen.prefill_choice is None:
                 return None
-            decode = choice.choice.account
-            prefill = None if is_computed else decode
-        elif request.needs_decode:
-            decode = self._router.place_decode(facts, now_s, hits)
-            if decode is None:
+            chosen.is_colocated = True
+            chosen.decode = chosen.prefill_choice.choice.account
+            chosen.prefill = None if is_computed else chosen.decode
+            return chosen
+        if request.needs_decode:
+            if self._keeps_records:
+                chosen.decode_choice = router.choose_decode(facts, hits, now_s)
+                chosen.decode = None if chosen.decode_choice is None else chosen.decode_choice.account
+            else:
+                chosen.decode = router.place_decode(facts, now_s, hits)
+            if chosen.decode is None:
                 return None
-        if prefill is None and not is_computed:
-            # What a worker cannot start on yet stays here, where it can still go elsewhere.
-            if hits is None:
-                prefill = self._router.place_prefill(facts, now_s)
-            elif (choice := self._router.choose_prefill(facts, hits, now_s)) is not None:
-                prefill = choice.choice.account
-            if prefill is None:
-                return None
+        if is_computed:
+            return chosen
+        # What a worker cannot start on yet stays here, where it can still go elsewhere.
+        if hits is None and not self._keeps_records:
+            chosen.prefill = router.place_prefill(facts, now_s)
+        else:
+            chosen.prefill_choice = router.choose_prefill(facts, hits, now_s)
+            if chosen.prefill_choice is not None:
+                chosen.prefill = chosen.prefill_choice.choice.account
+        if chosen.decode is not None and chosen.prefill is not chosen.decode:
+            self._ask_stay_or_go(chosen, facts, hits)
+        is_stay = chosen.stay_or_go is not None and chosen.stay_or_go.costs.stays
+        return chosen if chosen.prefill is not None or is_stay else None
+
+    def _ask_stay_or_go(self, chosen: _Chosen, facts: RequestFacts, hits: KnownHits | None) -> None:
+        assert chosen.decode is not None
+        # Where nobody can start on it, going means waiting at least for the shortest queue.
+        prefill = chosen.prefill or min(
+            self._fleet.accounts(WorkerRole.PREFILL),
+            key=lambda account: account.num_queued_tokens,
+            default=None,
+        )
+        if prefill is None:
+            return
+        asked = ask(facts.num_prompt_tokens, hits, prefill, chosen.decode, self.pace.pace())
+        if isinstance(asked, str):
+            chosen.not_asked = asked
+        else:
+            chosen.stay_or_go = asked
+
+    def _commit(
+        self,
+        request: Request,
+        handoff_id: str,
+        facts: RequestFacts,
+        hits: KnownHits | None,
+        prefill: WorkerAccount | None,
+        decode: WorkerAccount | None,
+    ) -> None:
         num_hit_tokens = 0
-        if choice is not None and hits is not None:
-            num_hit_tokens = choice.choice.hit_tokens
-            self._unlearned = (handoff_id, choice, hits)
+        if hits is not None and prefill is not None:
+            num_hit_tokens = hits.tokens_by_slot.item(prefill.slot)
         if prefill is not None:
             request.predicted_hit_tokens = None if hits is None else num_hit_tokens
+            request.is_alone = not prefill.num_waiting
         num_uncached = facts.num_prompt_tokens - num_hit_tokens
         if prefill is not None and prefill is not decode:
             prefill.commit(
@@ -116,13 +213,44 @@ class Dispatch:
                 num_kv_tokens=facts.num_prompt_tokens,
             )
         if decode is not None:
+            num_held = 0 if hits is None else hits.tokens_by_slot.item(decode.slot)
+            request.num_bytes_to_move = num_bytes_to_move(facts.num_prompt_tokens - num_held, decode)
             decode.commit(
                 handoff_id,
                 num_queued_tokens=num_uncached if prefill is decode else 0,
                 num_blocks=num_blocks_wanted(facts, decode),
                 num_kv_tokens=facts.num_prompt_tokens,
             )
-        return Assignment(prefill, decode, choice)
+
+    def _record(self, handoff_id: str, chosen: _Chosen, facts: RequestFacts) -> dict[str, Any]:
+        """Before anything is committed: facts that nobody has read yet are read now."""
+        prefill = chosen.prefill_choice
+        choices = [chosen.decode_choice]
+        left_out: dict[str, str] = {}
+        if prefill is not None:
+            choices += [prefill.choice, prefill.unguarded]
+        for choice in choices:
+            if choice is not None:
+                read_all(choice.candidates)
+        if chosen.decode_choice is not None:
+            left_out |= _left_out(
+                self._fleet.accounts(WorkerRole.DECODE), chosen.decode_choice, partial(lack_of_room, facts)
+            )
+        if prefill is not None and not chosen.is_colocated:
+            left_out |= _left_out(
+                self._fleet.accounts(WorkerRole.PREFILL), prefill.unguarded, lack_of_prefill_room
+            )
+        decision = Decision(
+            handoff_id=handoff_id,
+            prefill=None if chosen.is_colocated else prefill,
+            decode=chosen.decode_choice,
+            colocated=prefill if chosen.is_colocated else None,
+            is_recomputed=chosen.is_colocated and chosen.prefill is None,
+            stay_or_go=chosen.stay_or_go,
+            not_asked=chosen.not_asked,
+            left_out=left_out,
+        )
+        return record_decision(decision, lambda slot: self._fleet.ledger.account(slot).worker_id)
 
     def _hits(self, request: Request) -> KnownHits | None:
         # The engine computes a prompt whole whose logprobs are wanted.
@@ -152,7 +280,16 @@ class Dispatch:
             worker.account.release(handoff_id)
 
     def _learn(self) -> None:
-        if self._unlearned is not None:
-            handoff_id, choice, hits = self._unlearned
-            self._unlearned = None
-            self._router.committed(handoff_id, choice, hits)
+        lesson = self._unlearned
+        if lesson is None:
+            return
+        self._unlearned = None
+        if lesson.choice is None:
+            self._router.computes(lesson.handoff_id, lesson.slot, lesson.hits, lesson.now_s)
+        else:
+            self._router.committed(lesson.handoff_id, lesson.choice, lesson.hits)
+
+
+def _left_out(pool: Pool, choice: Choice, why: Callable[[WorkerAccount], str]) -> dict[str, str]:
+    able = set(choice.candidates.slots.tolist())
+    return {account.worker_id: why(account) for account in pool if account.slot not in able}

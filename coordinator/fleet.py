@@ -14,12 +14,15 @@ from baton.contract.errors import ProtocolMismatch, RegistrationRefused, WorkerI
 from baton.contract.lifecycle import PHASES, WorkerRole
 from baton.contract.messages import KvLayout, RegisterWorker
 from baton.policy.ledger import Ledger, Pool, WorkerAccount
+from coordinator.fleet_pace import StepClock
 
 
 class Worker:
     """One registered worker. `peer` is its connection, opaque here."""
 
-    __slots__ = ("_clock_ahead_s", "account", "is_leaving", "last_heard_s", "peer", "registration")
+    __slots__ = (
+        "_clock_ahead_s", "account", "is_leaving", "last_heard_s", "peer", "registration", "step_clock",
+    )  # fmt: skip
 
     def __init__(
         self, registration: RegisterWorker, peer: bytes, account: WorkerAccount, now_s: float
@@ -29,6 +32,7 @@ class Worker:
         self.last_heard_s = now_s
         self.is_leaving = False
         self.account = account
+        self.step_clock = StepClock()
         self._clock_ahead_s: float | None = None
         self.hear_clock(registration.sent_s, now_s)
 

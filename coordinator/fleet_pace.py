@@ -12,6 +12,7 @@ length: from equal ones nobody can tell what half of one costs. Until then every
 
 from __future__ import annotations
 
+from baton.policy.ledger import WorkerAccount
 from baton.policy.stay_or_go import Pace
 from baton.step_time.base import prefill_pairs
 from baton.step_time.linear import LinearStepTime
@@ -23,6 +24,15 @@ MIN_SPREAD = 0.1
 STEPS_PER_MEASUREMENT = 8
 """A step's time differs little from the next one's, and this is the hot path."""
 MAX_BETWEEN_FITS = 512
+
+
+class StepClock:
+    """When a worker's latest step was heard of, if the next one follows at once."""
+
+    __slots__ = ("last_s",)
+
+    def __init__(self) -> None:
+        self.last_s: float | None = None
 
 
 class FleetPace:
@@ -52,6 +62,14 @@ class FleetPace:
         self._num_steps += 1
         if self._num_steps % STEPS_PER_MEASUREMENT == 0:
             self._decode.add((1.0, float(num_decodes), float(num_context_tokens)), step_s)
+
+    def heard_step(self, clock: StepClock, account: WorkerAccount, num_decodes: int, now_s: float) -> None:
+        """After `account.observe`. A step that only got prompts on, and one after a pause, tell nothing."""
+        last_s = clock.last_s
+        is_busy = num_decodes > 0 and account.load.num_running > 0 and not account.num_waiting
+        clock.last_s = now_s if is_busy else None
+        if last_s is not None and num_decodes and not account.num_waiting:
+            self.stepped(num_decodes, account.num_kv_tokens, now_s - last_s)
 
     def handed_over(self, num_bytes: float, handoff_s: float) -> None:
         self._handoff.add((1.0, num_bytes), handoff_s)

@@ -91,6 +91,7 @@ class Metrics(Collector):
         self._errors = LabelledCounter()
         self._refusals = LabelledCounter()
         self._first_tokens = LabelledCounter()
+        self._ways = LabelledCounter()
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
         self._num_predicted_hit_tokens = 0
@@ -121,6 +122,8 @@ class Metrics(Collector):
         self._kv_bytes += report.kv_bytes
         placement = report.placement
         self._num_retries += placement.num_attempts - 1
+        if placement.way is not None:
+            self._ways.add(placement.way.value, placement.way_reason or "")
         predicted, found = placement.predicted_hit_tokens, placement.hit_tokens
         if predicted is not None and found is not None:
             self._num_predicted_hit_tokens += predicted
@@ -167,6 +170,9 @@ class Metrics(Collector):
         yield self._refusals.family("baton_requests_refused", "Requests never accepted, by code.", ("code",))
         yield self._first_tokens.family(
             "baton_first_token", "Who sampled the first token, and by which rule.", ("by", "reason")
+        )
+        yield self._ways.family(
+            "baton_ways", "Requests by the way they were served, and why.", ("way", "reason")
         )
         yield self._hit_predictions.family(
             "baton_hit_predictions",

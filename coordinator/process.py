@@ -15,6 +15,7 @@ import os
 import secrets
 import signal
 import sys
+from pathlib import Path
 
 import uvloop
 
@@ -28,6 +29,7 @@ from baton.telemetry import configure_logging, event
 from baton.wire.endpoints import tcp
 from coordinator.app import Coordinator
 from coordinator.core import Core, CoreSettings
+from coordinator.decision_log import DecisionLog
 from coordinator.http import HttpDoor, HttpSettings
 from coordinator.metrics import Metrics
 from coordinator.prompts import FleetPrompts
@@ -62,9 +64,15 @@ async def _live(settings: CoordinatorSettings) -> int:
         registry.by_name(settings.decode_policy),
         boot_id[:4],
     )
+    try:
+        log = None if settings.decision_log is None else DecisionLog(Path(settings.decision_log))
+    except OSError as error:
+        event(logger, "start failed", level=logging.ERROR, reason=f"{error.filename}: {error.strerror}")
+        return EXIT_FAILURE
     coordinator = Coordinator(
         core,
         SystemClock(),
+        decision_log=log,
         boot_id=boot_id,
         heartbeat_interval_s=settings.heartbeat_interval_s,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
@@ -110,6 +118,8 @@ async def _live(settings: CoordinatorSettings) -> int:
     door.close()
     await http.close(grace_s=1.0)
     tokenizer.close()
+    if log is not None:
+        log.close()
     event(logger, "coordinator stopped")
     return EXIT_OK
 
@@ -133,6 +143,12 @@ def _add_gauges(metrics: Metrics, core: Core) -> None:
         prefixes.counts,
         label="what",
     )
+    metrics.add_gauge(
+        "baton_pace_measurements",
+        "What the fleet's pace is learnt from, for stay or go.",
+        lambda: core.pace.num_measured,
+        label="what",
+    )
     metrics.add_gauge("baton_workers", "Registered and taking requests.", workers, label="role")
 
 
@@ -145,6 +161,7 @@ def _core_settings(settings: CoordinatorSettings) -> CoreSettings:
         prefill_timeout_s=settings.prefill_timeout_s,
         handoff_timeout_s=settings.handoff_timeout_s,
         decode_stall_timeout_s=settings.decode_stall_timeout_s,
+        keeps_records=settings.decision_log is not None,
         kv_index_bytes=int(settings.kv_index_gib * 1024**3),
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from baton.contract.errors import ServingError
-from baton.contract.lifecycle import Outcome, RequestState, WorkerRole, check_move
+from baton.contract.lifecycle import Outcome, RequestState, Way, WorkerRole, check_move
 from baton.contract.messages import (
     KvSource,
     PhaseTimes,
@@ -23,10 +25,11 @@ class Request:
 
     __slots__ = (
         "decode_worker", "dispatched_s", "entered_s", "first_decode_s", "first_token_by",
-        "first_token_reason", "handoff_id", "hit_tokens", "hits", "kv_source", "last_decode_worker",
-        "last_prefill_worker", "num_attempts", "num_output_tokens", "num_prompt_tokens", "placement",
-        "predicted_hit_tokens", "prefill_finished_s", "prefill_worker", "progress_s", "prompt_logprobs",
-        "prompt_token_ids", "sink", "state", "submission", "submitted_s",
+        "first_token_reason", "handoff_id", "hit_tokens", "hits", "is_alone", "kv_source",
+        "last_decode_worker", "last_prefill_worker", "num_attempts", "num_bytes_to_move",
+        "num_output_tokens", "num_prompt_tokens", "placement", "predicted_hit_tokens", "prefill_finished_s",
+        "prefill_worker", "progress_s", "prompt_logprobs", "prompt_token_ids", "records", "sink", "state",
+        "submission", "submitted_s", "way", "way_reason",
     )  # fmt: skip
 
     def __init__(self, submission: Submission, sink: ResultSink, now_s: float) -> None:
@@ -55,6 +58,14 @@ class Request:
         """Of the worker that computes the prompt, in the last attempt; None: nothing was known."""
         self.hit_tokens: int | None = None
         """What that worker's engine found; None: it did not say, or not yet."""
+        self.is_alone = False
+        """No other prompt was waiting at the worker that computes this one."""
+        self.num_bytes_to_move = 0
+        """KV that the decode worker did not hold when it was chosen."""
+        self.way: Way | None = None
+        self.way_reason: str | None = None
+        self.records: list[dict[str, Any]] = []
+        """One decision per attempt, where decisions are recorded."""
         self.placement = Placement()
         self.submitted_s = self.progress_s = self.entered_s = now_s
         self.dispatched_s: float | None = None
@@ -81,12 +92,19 @@ class Request:
         self.progress_s = self.entered_s = now_s
 
     def begin_attempt(
-        self, handoff_id: str, *, prefill_worker: str | None, decode_worker: str | None
+        self,
+        handoff_id: str,
+        *,
+        prefill_worker: str | None,
+        decode_worker: str | None,
+        way: Way,
+        way_reason: str,
     ) -> None:
         """A worker that is None has no part in this attempt; the same one twice serves both phases."""
         is_on_one_worker = prefill_worker == decode_worker
         self.num_attempts += 1
         self.handoff_id = handoff_id
+        self.way, self.way_reason = way, way_reason
         self.prefill_worker = None if is_on_one_worker else prefill_worker
         self.decode_worker = decode_worker
         self.last_prefill_worker = prefill_worker or self.last_prefill_worker
@@ -105,6 +123,8 @@ class Request:
         self.placement = Placement(
             prefill_worker=self.last_prefill_worker,
             decode_worker=self.last_decode_worker if self.needs_decode else None,
+            way=self.way,
+            way_reason=self.way_reason,
             first_token_by=self.first_token_by,
             first_token_reason=self.first_token_reason,
             num_attempts=max(1, self.num_attempts),

@@ -50,6 +50,12 @@ class CoordinatorSettings:
         "most memory for the index of who holds which prefix (8 million blocks); beyond it the least used "
         "is forgotten, which costs predictions only",
     )
+    decision_log: str | None = option(
+        None,
+        "append each request's decisions with all facts to FILE, for `baton explain`; 64 MiB, then FILE.1; "
+        "absent: not recorded, which is faster",
+        metavar="FILE",
+    )
     max_queued: int = option(4096, "requests waiting for a worker; beyond it clients hear 429")
     max_attempts: int = option(3, "how often one request is tried on the fleet")
     transfer_failure_policy: Literal["recompute", "fail"] = option(

@@ -72,7 +72,7 @@ def decision(seed: int, *, is_diverted: bool = False) -> Decision:
     )  # fmt: skip
     return Decision(
         handoff_id=f"h{seed}",
-        prefill=PrefillChoice(choice, unguarded),
+        prefill=PrefillChoice(registry.by_name("lmetric"), choice, unguarded),
         decode=chosen("smallest-batch", [3, 4], rng),
         stay_or_go=StayOrGo(question=question, pace=PACE, costs=costs(question, PACE)),
         left_out={"p9": "600 tokens queued, window 512"},
@@ -86,7 +86,10 @@ def log(tmp_path: Path) -> Path:
     for seed in range(20):
         records = [record_decision(decision(seed, is_diverted=seed % 5 == 0), worker_id)]
         writer.write(f"r{seed}", records, REPORT)
-    colocated = Decision(handoff_id="hb", colocated=chosen("lmetric", [3, 4], random.Random(5)))
+    choice = chosen("lmetric", [3, 4], random.Random(5))
+    colocated = Decision(
+        handoff_id="hb", colocated=PrefillChoice(registry.by_name("lmetric"), choice, choice)
+    )
     again = Decision(handoff_id="hd", decode=chosen("smallest-batch", [3, 4], random.Random(6)))
     records = [record_decision(made, worker_id) for made in (colocated, again)]
     writer.write("zmq3-mine", records, REPORT)

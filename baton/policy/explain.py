@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from baton.contract.lifecycle import Way
 from baton.policy.base import Candidates, Choice, RequestFacts, choose
 from baton.policy.decision import Decision, way_of
 from baton.policy.registry import by_name
@@ -93,12 +94,12 @@ CHOICES = ("decode", "prefill", "unguarded", "colocated")
 
 
 def record_decision(decision: Decision, worker_id_of: Callable[[int], str]) -> dict[str, Any]:
-    prefill, asked = decision.prefill, decision.stay_or_go
+    guarded, asked = decision.prefill or decision.colocated, decision.stay_or_go
     choices = {
         "decode": decision.decode,
-        "prefill": prefill.choice if prefill is not None else None,
-        "unguarded": prefill.unguarded if prefill is not None and prefill.is_diverted else None,
-        "colocated": decision.colocated,
+        "prefill": decision.prefill.choice if decision.prefill is not None else None,
+        "unguarded": guarded.unguarded if guarded is not None and guarded.is_diverted else None,
+        "colocated": decision.colocated.choice if decision.colocated is not None else None,
     }
     recorded: dict[str, Any] = {"handoff_id": decision.handoff_id}
     recorded |= {name: record(choice, worker_id_of) for name, choice in choices.items() if choice is not None}
@@ -108,6 +109,10 @@ def record_decision(decision: Decision, worker_id_of: Callable[[int], str]) -> d
             "pace": _record_pace(asked.pace),
             "costs": dataclasses.asdict(asked.costs),
         }
+    if decision.is_recomputed:
+        recorded["is_recomputed"] = True
+    if decision.not_asked:
+        recorded["not_asked"] = decision.not_asked
     if decision.left_out:
         recorded["left_out"] = decision.left_out
     return recorded | _outcome(recorded)
@@ -134,8 +139,12 @@ def _outcome(recorded: dict[str, Any]) -> dict[str, Any]:
     both = recorded.get("colocated")
     prefill, decode = ((recorded.get(name) or both or {}).get("chosen") for name in ("prefill", "decode"))
     asked = recorded.get("stay_or_go")
-    way, reason = way_of(prefill, decode, Costs(**asked["costs"]) if asked is not None else None)
-    return {"way": way.value, "reason": reason, "serves": {"prefill": prefill, "decode": decode}}
+    if recorded.get("is_recomputed"):
+        prefill = None
+    costs_found = Costs(**asked["costs"]) if asked is not None else None
+    way, reason = way_of(prefill, decode, costs_found, recorded.get("not_asked"))
+    serves = {"prefill": decode if way is Way.STAYED else prefill, "decode": decode}
+    return {"way": way.value, "reason": reason, "serves": serves}
 
 
 def decide_again(recorded: dict[str, Any]) -> list[str]:
@@ -192,7 +201,7 @@ def story(recorded: dict[str, Any]) -> str:
     titles = {
         "decode": "decode, among workers with room",
         "prefill": "prefill, among workers with room",
-        "unguarded": "prefill without the hotspot guard, which took its favourite out",
+        "unguarded": "without the hotspot guard, which took this favourite out",
         "colocated": "one worker for both phases",
     }
     parts += [f"{titles[name]}\n{table(recorded[name])}" for name in CHOICES if recorded.get(name)]

@@ -58,6 +58,17 @@ def has_room(facts: RequestFacts, account: WorkerAccount) -> bool:
     )
 
 
+def lack_of_prefill_room(account: WorkerAccount) -> str:
+    """For people: why a prompt that did not fit must wait."""
+    return f"{account.num_queued_tokens} tokens queued, window {account.prefill_window_tokens}"
+
+
+def lack_of_room(facts: RequestFacts, account: WorkerAccount) -> str:
+    if account.num_legs >= account.capacity.max_batch_size:
+        return f"{account.num_legs} legs, at most {account.capacity.max_batch_size}"
+    return f"{account.num_unreserved_blocks} blocks free, {num_blocks_wanted(facts, account)} wanted"
+
+
 def slots_with_room(facts: RequestFacts, ledger: Ledger, slots: Vector) -> Vector:
     """Those of `slots` on which `has_room` is true of this request."""
     if not len(slots):

@@ -81,13 +81,11 @@ class RecordingSink:
 class Bench:
     """Carries out the core's actions: messages land in `sent`, results in sinks."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.core = Core(
-            CoreSettings(**settings),
-            registry.by_name(registry.DEFAULT_PREFILL),
-            registry.by_name(registry.DEFAULT_DECODE),
-            "b",
-        )
+    def __init__(
+        self, policies: tuple[str, str] = (registry.DEFAULT_PREFILL, registry.DEFAULT_DECODE), **settings: Any
+    ) -> None:
+        prefill_policy, decode_policy = map(registry.by_name, policies)
+        self.core = Core(CoreSettings(**settings), prefill_policy, decode_policy, "b")
         self.now_s = 0.0
         self.sent: list[tuple[str, Message]] = []
         self.sinks: dict[str, RecordingSink] = {}
