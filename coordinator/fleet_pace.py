@@ -23,6 +23,9 @@ MIN_SPREAD = 0.1
 """Of prompt lengths: standard deviation over mean."""
 STEPS_PER_MEASUREMENT = 8
 """A step's time differs little from the next one's, and this is the hot path."""
+MANY_MEASURED = 256
+REQUESTS_PER_MEASUREMENT = 4
+"""Once there are many."""
 MAX_BETWEEN_FITS = 512
 
 
@@ -40,7 +43,7 @@ class FleetPace:
         self._prefill = RunningFit(3)
         self._decode = RunningFit(3)
         self._handoff = RunningFit(2)
-        self._num_steps = 0
+        self._num_prefills = self._num_steps = self._num_handoffs = 0
         self._pace: Pace | None = None
         self._next_fit_at = 0
 
@@ -54,6 +57,9 @@ class FleetPace:
 
     def prefilled(self, num_new_tokens: int, num_hit_tokens: int, prefill_s: float) -> None:
         """A prompt that was alone on its worker."""
+        self._num_prefills += 1
+        if self._num_prefills > MANY_MEASURED and self._num_prefills % REQUESTS_PER_MEASUREMENT:
+            return
         pairs = prefill_pairs(num_new_tokens, num_hit_tokens)
         self._prefill.add((1.0, float(num_new_tokens), pairs), prefill_s)
 
@@ -72,6 +78,9 @@ class FleetPace:
             self.stepped(num_decodes, account.num_kv_tokens, now_s - last_s)
 
     def handed_over(self, num_bytes: float, handoff_s: float) -> None:
+        self._num_handoffs += 1
+        if self._num_handoffs > MANY_MEASURED and self._num_handoffs % REQUESTS_PER_MEASUREMENT:
+            return
         self._handoff.add((1.0, num_bytes), handoff_s)
 
     def pace(self) -> Pace | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from itertools import combinations
 
 import numpy as np
+import numpy.typing as npt
 
 
 class RunningFit:
@@ -19,33 +20,39 @@ class RunningFit:
         """`window`: measurements after which an old one counts about half."""
         self._window = window
         self._weight = 0.0
-        self._products = [[0.0] * num_terms for _ in range(num_terms)]
+        self._pairs = [(i, j) for i in range(num_terms) for j in range(i, num_terms)]
+        self._products = [0.0] * len(self._pairs)
         self._targets = [0.0] * num_terms
         self.num_added = 0
 
     def add(self, terms: tuple[float, ...], seconds: float) -> None:
-        for i, left in enumerate(terms):
-            row = self._products[i]
-            for j, right in enumerate(terms):
-                row[j] += left * right
-            self._targets[i] += left * seconds
+        pairs = self._pairs
+        self._products = [s + terms[i] * terms[j] for s, (i, j) in zip(self._products, pairs, strict=True)]
+        self._targets = [s + term * seconds for s, term in zip(self._targets, terms, strict=True)]
         self._weight += 1.0
         self.num_added += 1
         if self._weight >= 2 * self._window:
             self._weight /= 2
             self._targets = [value / 2 for value in self._targets]
-            self._products = [[value / 2 for value in row] for row in self._products]
+            self._products = [value / 2 for value in self._products]
 
     def spread(self, term: int) -> float:
         """Standard deviation over mean of a term whose first one is 1. A slope needs some."""
-        total, squares = self._products[0][term], self._products[term][term]
+        products = self._matrix()
+        total, squares = products[0, term], products[term, term]
         if total <= 0.0:
             return 0.0
         return float(max(0.0, self._weight * squares / total**2 - 1.0) ** 0.5)
 
+    def _matrix(self) -> npt.NDArray[np.float64]:
+        matrix = np.zeros((len(self._targets), len(self._targets)))
+        for (i, j), value in zip(self._pairs, self._products, strict=True):
+            matrix[i, j] = matrix[j, i] = value
+        return matrix
+
     def coefficients(self) -> tuple[float, ...]:
         """One per term, none negative; zeros before the first measurement."""
-        products, targets = np.array(self._products), np.array(self._targets)
+        products, targets = self._matrix(), np.array(self._targets)
         scale = np.sqrt(np.diag(products))
         used = [i for i in range(len(targets)) if scale[i] > 0.0]
         best, best_gain = np.zeros(len(targets)), 0.0

@@ -58,7 +58,7 @@ def test_a_fleet_that_changes_is_learnt_again():
     pace = FleetPace()
     learn(pace, random.Random(3))
     assert pace.pace() is not None
-    for _ in range(6000):
+    for _ in range(24_000):
         pace.handed_over(1e6, 0.5)
         known = pace.pace()
     assert known is not None
