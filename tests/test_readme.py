@@ -11,6 +11,7 @@ import pytest
 from baton.cli import COMMANDS
 from baton.doctor import DoctorSettings
 from baton.launch_plan import ServeSettings
+from baton.worker.both import BothWorkerSettings
 from coordinator.settings import CoordinatorSettings
 from decode_worker.settings import DecodeWorkerSettings
 from prefill_worker.settings import PrefillWorkerSettings
@@ -32,12 +33,14 @@ KNOWN_FLAGS = {
     "start_coordinator.sh": flags_of(CoordinatorSettings),
     "start_prefill_fleet.sh": flags_of(PrefillWorkerSettings) | WORKER_FLEET,
     "start_decode_fleet.sh": flags_of(DecodeWorkerSettings) | WORKER_FLEET,
+    "start_both_fleet.sh": flags_of(BothWorkerSettings) | WORKER_FLEET,
     "submit.sh": {"--address", "--max-tokens"},
     "stop_fleet.sh": {"--timeout-s"},
     "test.sh": {"--quick"},
     "doctor": flags_of(DoctorSettings),
     "submit": {"--address", "--max-tokens"},
     "coordinator": flags_of(CoordinatorSettings),
+    "explain": {"--last", "--log", "--replay"},
 }
 
 
