@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm import __version__ as vllm_version
-from vllm.config import KVTransferConfig
+from vllm.config import KVEventsConfig, KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
@@ -40,6 +40,8 @@ from baton.contract.errors import (
     UnsupportedFeature,
 )
 from baton.contract.messages import (
+    BlocksStored,
+    KvEvent,
     KvLayout,
     KvSource,
     SequenceDelta,
@@ -49,8 +51,9 @@ from baton.contract.messages import (
     WorkerLoad,
 )
 from baton.contract.sampling import SamplingSpec
-from baton.contract.tokens import unpack_token_ids
+from baton.contract.tokens import num_token_ids, unpack_token_ids
 from baton.engine.base import EngineDescription, EngineListener, FinishedPrefill
+from baton.engine.vllm_kv_events import VllmKvEvents
 from baton.engine.vllm_params import decode_params, output_logprobs, prefill_params, prompt_logprobs
 from baton.engine.vllm_settings import (
     VllmEngineSettings,
@@ -109,6 +112,7 @@ class VllmEngine:
         """`on_transfer` hears how long each NIXL read took, in seconds."""
         self._settings = settings
         self._gauge = LoadGauge(on_step_end=self._flush, on_transfer=on_transfer)
+        self._kv_events = VllmKvEvents(self._on_kv_events) if settings.is_prefix_caching_enabled else None
         self._llm: Any = None
         self._listener: EngineListener | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -119,6 +123,7 @@ class VllmEngine:
         self._supported_tasks: tuple[Any, ...] = ()
         self._max_model_len = 0
         self._kv_bytes_per_block = 0
+        self._has_decoded = False
         self._is_stopping = False
         self._is_dead = False
 
@@ -142,7 +147,12 @@ class VllmEngine:
                 self._supported_tasks = await self._llm.get_supported_tasks()
                 description = self._describe(port)
                 logger.info("engine loaded took_s=%.1f, warming up", time.monotonic() - started_s)
+                if self._kv_events is not None:
+                    self._kv_events.connect()
                 await self._warm_up()
+                if self._kv_events is not None:
+                    await self._kv_events.forget_what_was()
+                self._gauge.forget_warm_up()
         except TimeoutError as error:
             await self.stop()
             raise EngineFailed(f"engine was not up after {settings.start_timeout_s:.0f} s") from error
@@ -187,6 +197,7 @@ class VllmEngine:
         arguments = AsyncEngineArgs(
             **engine_arguments(self._settings),
             kv_transfer_config=KVTransferConfig(**transfer_arguments(self._settings)),
+            kv_events_config=KVEventsConfig(**self._kv_events.arguments()) if self._kv_events else None,
         )
         return AsyncLLM.from_engine_args(arguments, stat_loggers=[self._gauge.logger_factory()])
 
@@ -229,6 +240,7 @@ class VllmEngine:
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=settings.pipeline_parallel_size,
             transfer_endpoint=f"{settings.side_channel_host}:{side_channel_port}",
+            has_kv_events=self._kv_events is not None,
         )
 
     async def _warm_up(self) -> None:
@@ -253,6 +265,8 @@ class VllmEngine:
             if handler is not None:
                 await asyncio.wait([handler], timeout=1.0)
             _close_sockets(llm.engine_core.resources)
+        if self._kv_events is not None:
+            self._kv_events.close()
         for task in self._tasks:
             task.cancel()
         logger.info("engine stopped")
@@ -270,6 +284,7 @@ class VllmEngine:
         )
 
     def start_decode(self, message: StartDecode) -> None:
+        self._has_decoded = True
         source = message.kv_source
         transfer_params = None
         if source is not None:
@@ -360,6 +375,12 @@ class VllmEngine:
     def load(self) -> WorkerLoad:
         return self._gauge.load()
 
+    def _on_kv_events(self, events: list[KvEvent]) -> None:
+        if not self._has_decoded:  # blocks are filled by prompts alone
+            stored = (event for event in events if isinstance(event, BlocksStored))
+            self._gauge.count_stored(sum(num_token_ids(event.token_ids) for event in stored))
+        self._tell().on_kv_events(events)
+
     # ── what vLLM tells ───────────────────────────────────────────────────────────────────────
 
     def _on_output(self, leg: _Leg, output: Any) -> None:
@@ -420,6 +441,7 @@ class VllmEngine:
                 self._release(leg.handoff_id, leg.vllm_id)
             else:
                 kv_source = self._hold(leg, params)
+        self._gauge.count_tail(leg.num_prompt_tokens % self._settings.block_size_tokens)
         times = output.metrics
         finished = FinishedPrefill(
             delta=SequenceDelta(

@@ -29,6 +29,8 @@ class LoadGauge:
         self._num_waiting = 0
         self._num_free_blocks = 0
         self._num_prefill_tokens = 0
+        self._num_stored_tokens = 0
+        self._num_tail_tokens = 0
         self._num_kv_bytes = 0
         self._num_kv_reads = 0
         self._num_kv_failures = 0
@@ -43,12 +45,27 @@ class LoadGauge:
         """One that the engine never saw."""
         self._num_kv_failures += 1
 
+    def forget_warm_up(self) -> None:
+        """Prompt tokens count from here on."""
+        self._num_prefill_tokens = 0
+
+    def count_stored(self, num_tokens: int) -> None:
+        """Prompt tokens in blocks that one step has filled. vLLM itself counts a prompt's tokens at its
+        end only; these, and what is left of a prompt behind its last full block, are known before."""
+        self._num_stored_tokens += num_tokens
+
+    def count_tail(self, num_tokens: int) -> None:
+        """Of a prompt that is done."""
+        self._num_tail_tokens += num_tokens
+
     def load(self) -> WorkerLoad:
         return WorkerLoad(
             num_running=self._num_running,
             num_waiting=self._num_waiting,
             num_free_blocks=self._num_free_blocks,
-            num_prefill_tokens_done=self._num_prefill_tokens,
+            num_prefill_tokens_done=max(
+                self._num_prefill_tokens, self._num_stored_tokens + self._num_tail_tokens
+            ),
             num_kv_bytes_received=self._num_kv_bytes,
             num_kv_transfers=self._num_kv_reads // self._reads_per_transfer,
             num_kv_transfer_failures=self._num_kv_failures,

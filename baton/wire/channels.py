@@ -128,7 +128,8 @@ class RouterChannel(_Channel):
 
 
 class DealerChannel(_Channel):
-    """A worker's or client's side: one coordinator, reconnected to by ZeroMQ itself."""
+    """A worker's or client's side: one coordinator, reconnected to by ZeroMQ itself. (An engine that
+    answers questions about its KV events is spoken to the same way.)"""
 
     def __init__(
         self,
@@ -144,15 +145,35 @@ class DealerChannel(_Channel):
         self._allow_ipv6(address)
         self._socket.connect(address)
 
-    def send(self, frame: bytes) -> bool:
-        """False: the queue to the coordinator is full; nothing was sent."""
+    def send(self, *frames: bytes) -> bool:
+        """One message. False: the queue to the other side is full; nothing was sent."""
         try:
-            self._socket.send(frame, zmq.NOBLOCK)
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             return False
         finally:
             self._after_send()
         return True
+
+    def _deliver(self, frames: list[bytes]) -> None:
+        self._on_frames(frames)
+
+
+class SubscriberChannel(_Channel):
+    """Everything one publisher says. What it says while its queue to us is full is lost."""
+
+    def __init__(
+        self,
+        on_frames: Callable[[list[bytes]], None],
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        super().__init__(zmq.SUB, context)
+        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self._on_frames = on_frames
+
+    def connect(self, address: str) -> None:
+        self._allow_ipv6(address)
+        self._socket.connect(address)
 
     def _deliver(self, frames: list[bytes]) -> None:
         self._on_frames(frames)
