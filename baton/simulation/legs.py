@@ -112,6 +112,10 @@ class FinishedLeg:
 class StepResult:
     num_steps: int
     end_s: float
+    first_end_s: float
+    """Of the first of these steps."""
+    first_tokens: list[str] = field(default_factory=list)
+    """Legs whose first token came, in the first of these steps."""
     tokens: list[tuple[str, int]] = field(default_factory=list)
     """New tokens by leg, in batch order."""
     finished_prefills: list[FinishedLeg] = field(default_factory=list)

@@ -257,7 +257,9 @@ class SimulatedWorker:
         self._plan = None
         num_steps, now_s = plan.num_steps, plan.end_s
         self.busy_s += now_s - plan.start_s
-        result = StepResult(num_steps, now_s)
+        result = StepResult(num_steps, now_s, now_s)
+        if num_steps > 1:
+            result.first_end_s = plan.start_s + self.step_time.step_s(plan.work)
         result.preempted, self._preempted = self._preempted, []
         legs, block_size = self._legs, self.settings.block_size_tokens
         tokens, num_missing = result.tokens, 0
@@ -265,6 +267,8 @@ class SimulatedWorker:
             if leg.leg_id not in legs:
                 continue
             leg.num_kv_tokens += num_steps
+            if not leg.num_outputs_done:
+                result.first_tokens.append(leg.leg_id)
             leg.num_outputs_done += num_steps
             tokens.append((leg.leg_id, num_steps))
             grown = -(-leg.num_kv_tokens // block_size) - leg.num_blocks
@@ -286,6 +290,8 @@ class SimulatedWorker:
             leg.num_kv_tokens += chunk
             if leg.num_uncomputed:
                 continue
+            if not leg.num_outputs_done:
+                result.first_tokens.append(leg.leg_id)
             leg.num_outputs_done += 1
             if leg.is_prefill:
                 result.finished_prefills.append(self._finish_prefill(leg, now_s))

@@ -1,0 +1,69 @@
+"""What is replayed on: a fleet, its policies, its engines' pace."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from baton.simulation import SimulatedWorkerSettings
+from baton.step_time import KvLink, StepTime
+
+EXPECTED_OUTPUT_TOKENS = 256
+"""As the coordinator's default: clients rarely say how long an answer will be."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetShape:
+    num_prefill: int
+    num_decode: int
+    num_both: int = 0
+    """Workers that serve both phases; then there are no others."""
+
+    def __str__(self) -> str:
+        return f"{self.num_both}both" if self.num_both else f"{self.num_prefill}P{self.num_decode}D"
+
+    @property
+    def num_workers(self) -> int:
+        return self.num_prefill + self.num_decode + self.num_both
+
+
+def parse_fleet(text: str) -> FleetShape:
+    """`8P8D` or `16both`. Raises ValueError saying so."""
+    split = re.fullmatch(r"(\d+)[pP](\d+)[dD]", text)
+    if split and int(split[1]) and int(split[2]):
+        return FleetShape(int(split[1]), int(split[2]))
+    both = re.fullmatch(r"(\d+)both", text)
+    if both and int(both[1]):
+        return FleetShape(0, 0, int(both[1]))
+    raise ValueError(f"a fleet is written like 8P8D or 16both, not {text!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaySettings:
+    fleet: FleetShape
+    worker: SimulatedWorkerSettings
+    """Of every worker; `blocks_per_hash` and the switches for cache and events are set by the replay."""
+    prefill_time: StepTime
+    decode_time: StepTime
+    prefill_policy: str = "lmetric"
+    """Also ranks the workers of a colocated fleet."""
+    decode_policy: str = "smallest-batch"
+    link: KvLink | None = None
+    """None: KV moves in no time."""
+    kv_bytes_per_token: int = 0
+    expected_output_tokens: int = EXPECTED_OUTPUT_TOKENS
+    prefill_window_tokens: int | None = None
+    """Prompt tokens ahead of a prefill worker beyond which prompts wait at the coordinator."""
+    first_token_by: Literal["prefill", "decode"] = "prefill"
+    """Who says the first token. By decode it comes after the transfer and one decode step."""
+    report_delay_s: float = 0.0
+    """How late the coordinator hears of KV events and prefill progress."""
+    has_guard: bool = False
+    queue_timeout_s: float | None = None
+    """Longest wait at the coordinator; None: for ever."""
+    is_closed_loop: bool = False
+    """A session's next turn comes its think time after the answer, not at its recorded time."""
+    scheduler: str = "fcfs"
+    """Of the engines' steps, see `baton.scheduling`."""
+    seed: int = 0
