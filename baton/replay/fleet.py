@@ -28,6 +28,7 @@ class Member:
     account: WorkerAccount
     has_events: bool
     num_batches: int = 0
+    is_beginning: bool = False
     version: int = 0
     """Of its planned end: an end that was cut short is still in the queue of events, with an older one."""
 

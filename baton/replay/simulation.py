@@ -234,32 +234,42 @@ class _Replay:
         """Something for it has come: begin a step, or end a long row of them with the step in progress."""
         worker = member.worker
         if worker.plan is None:
-            self._begin(member)
+            # Not yet: whatever else comes at this very moment shares the step.
+            if not member.is_beginning:
+                member.is_beginning = True
+                self._at(self._now_s, self._begin_idle, member)
         elif worker.plan.num_steps > 1:
             end_s = worker.cut(self._now_s)
             member.version += 1
             self._at(end_s, self._step_ended, member, member.version)
 
+    def _begin_idle(self, member: Member) -> None:
+        member.is_beginning = False
+        if member.worker.plan is None:
+            self._begin(member)
+
     def _begin(self, member: Member) -> None:
         worker = member.worker
         plan = worker.begin_step(self._now_s, _MAX_STEPS)
-        for fetch in worker.take_fetches():
-            self._at(self._now_s + self._transfer_s(fetch.num_tokens), self._kv_arrived, member, fetch.leg_id)
+        link = self._settings.link
+        if link is not None:
+            for fetch in worker.take_fetches():
+                transfer_s = link.transfer_s(fetch.num_tokens * self._settings.kv_bytes_per_token)
+                self._at(self._now_s + transfer_s, self._kv_arrived, member, fetch.leg_id)
         if plan is not None:
             member.version += 1
             self._at(plan.end_s, self._step_ended, member, member.version)
 
-    def _transfer_s(self, num_tokens: int) -> float:
-        link = self._settings.link
-        return 0.0 if link is None else link.transfer_s(num_tokens * self._settings.kv_bytes_per_token)
-
     def _kv_arrived(self, member: Member, leg_id: str) -> None:
         request = self._requests[int(leg_id)]
-        source = self._fleet.members[request.prefill]
-        source.worker.release(leg_id)
-        source.account.release(leg_id)
+        self._release_source(request)
         member.worker.kv_arrived(leg_id)
         self._kick(member)
+
+    def _release_source(self, request: Request) -> None:
+        source = self._fleet.members[request.prefill]
+        source.worker.release(request.leg_id)
+        source.account.release(request.leg_id)
 
     def _step_ended(self, member: Member, version: int) -> None:
         if version != member.version:
@@ -313,17 +323,20 @@ class _Replay:
         decode = self._fleet.members[request.decode]
         if request.num_output_tokens == num_given:
             request.finished_s = now_s
-            member.worker.release(leg_id)
-            account.release(leg_id)
+            self._release_source(request)
             decode.account.release(leg_id)
             self._ended(request)
             return
+        is_free = self._settings.link is None
         decode.worker.add_decode(
             leg_id,
             request.num_prompt_tokens + num_given,
             request.num_output_tokens - num_given,
             request.hashes,
             now_s,
-            is_kv_on_its_way=True,
+            is_kv_on_its_way=not is_free,
+            is_kv_here=is_free,
         )
+        if is_free:
+            self._release_source(request)
         self._kick(decode)

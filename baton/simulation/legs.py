@@ -15,7 +15,7 @@ class Leg:
     """One leg on one worker. Made by `SimulatedWorker.add_prefill` and `add_decode`."""
 
     __slots__ = (
-        "added_s", "first_step_s", "hashes", "is_decoding", "is_fetching", "is_kv_on_its_way", "is_prefill",
+        "added_s", "first_step_s", "hashes", "is_decoding", "is_kv_here", "is_kv_on_its_way", "is_prefill",
         "keeps_kv", "leg_id", "namespace", "num_blocks", "num_cached_tokens", "num_kv_tokens", "num_named",
         "num_output_tokens", "num_outputs_done", "num_own_blocks", "num_prompt_tokens", "packed", "runs",
     )  # fmt: skip
@@ -42,7 +42,8 @@ class Leg:
         self.keeps_kv = False
         self.is_kv_on_its_way = False
         """Its KV comes from another worker and is not here yet."""
-        self.is_fetching = False
+        self.is_kv_here = False
+        """Its KV came, but has no blocks yet."""
         self.is_decoding = False
         """Its next step computes one token and samples one."""
         self.num_outputs_done = 0
@@ -115,7 +116,7 @@ class StepResult:
     first_end_s: float
     """Of the first of these steps."""
     first_tokens: list[str] = field(default_factory=list)
-    """Legs whose first token came, in the first of these steps."""
+    """Legs but prefill legs whose first token came, in the first of these steps."""
     tokens: list[tuple[str, int]] = field(default_factory=list)
     """New tokens by leg, in batch order."""
     finished_prefills: list[FinishedLeg] = field(default_factory=list)

@@ -115,12 +115,14 @@ class SimulatedWorker:
         now_s: float,
         *,
         is_kv_on_its_way: bool,
+        is_kv_here: bool = False,
         packed: bytes = b"",
         namespace: str = "",
     ) -> None:
-        """Compute output. Without KV from elsewhere the prompt is computed here, first."""
+        """Compute output. Without KV from elsewhere the prompt is computed here, first. KV that is here
+        needs blocks all the same, but no fetch."""
         leg = Leg(leg_id, num_prompt_tokens, num_output_tokens, hashes, packed, namespace, now_s)
-        leg.is_kv_on_its_way = is_kv_on_its_way
+        leg.is_kv_on_its_way, leg.is_kv_here = is_kv_on_its_way, is_kv_here
         self._add(leg)
 
     def _add(self, leg: Leg) -> None:
@@ -148,12 +150,14 @@ class SimulatedWorker:
 
     def kv_arrived(self, leg_id: str, num_tokens: int | None = None) -> None:
         """KV of so many prompt tokens (None: all) is in the leg's blocks; it joins the next step."""
-        leg = self._fetching.pop(leg_id)
-        leg.is_kv_on_its_way = False
+        self._receive(self._fetching.pop(leg_id), num_tokens)
+
+    def _receive(self, leg: Leg, num_tokens: int | None = None) -> None:
+        leg.is_kv_on_its_way = leg.is_kv_here = False
         limit = leg.num_prompt_tokens - 1  # logits do not travel: the last position is computed here
         leg.num_kv_tokens = max(leg.num_kv_tokens, limit if num_tokens is None else min(num_tokens, limit))
         leg.is_decoding = leg.num_uncomputed == 1
-        self._running[leg_id] = leg
+        self._running[leg.leg_id] = leg
         self._name_computed(leg, leg.num_prompt_tokens if leg.is_decoding else leg.num_kv_tokens)
 
     def kv_lost(self, leg_id: str) -> None:
@@ -197,7 +201,6 @@ class SimulatedWorker:
         budget = self.settings.max_num_batched_tokens
         decodes = self._decodes = []
         chunks = self._chunks = []
-        num_context_tokens = 0
         block_size, num_preemptions = self.settings.block_size_tokens, self.num_preemptions
         for leg in list(self._running.values()):
             if not budget or leg.leg_id not in self._running:
@@ -209,7 +212,6 @@ class SimulatedWorker:
                 break
             budget -= 1
             decodes.append(leg)
-            num_context_tokens += leg.num_kv_tokens + 1
         # Who has just lost its blocks would only take them back.
         if self._waiting and num_preemptions == self.num_preemptions:
             self._admit(budget)
@@ -225,7 +227,9 @@ class SimulatedWorker:
             pairs += prefill_pairs(chunk, leg.num_kv_tokens)
             if leg.first_step_s is None:
                 leg.first_step_s = now_s
+        num_context_tokens = len(decodes)
         for leg in decodes:
+            num_context_tokens += leg.num_kv_tokens
             if leg.first_step_s is None:
                 leg.first_step_s = now_s
         work = StepWork(num_prefill_tokens, pairs, len(decodes), num_context_tokens)
@@ -290,7 +294,7 @@ class SimulatedWorker:
             leg.num_kv_tokens += chunk
             if leg.num_uncomputed:
                 continue
-            if not leg.num_outputs_done:
+            if not leg.num_outputs_done and not leg.is_prefill:
                 result.first_tokens.append(leg.leg_id)
             leg.num_outputs_done += 1
             if leg.is_prefill:
@@ -356,6 +360,10 @@ class SimulatedWorker:
             if leg.is_kv_on_its_way:
                 self._fetching[leg.leg_id] = leg
                 self._new_fetches.append(Fetch(leg.leg_id, leg.num_prompt_tokens - leg.num_kv_tokens))
+            elif leg.is_kv_here:
+                self._receive(leg)
+                self._decodes.append(leg)
+                budget -= 1
             else:
                 self._running[leg.leg_id] = leg
                 budget -= self._add_chunk(leg, budget)
