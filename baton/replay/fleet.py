@@ -13,6 +13,7 @@ from baton.policy.ledger import Ledger, Pool, WorkerAccount
 from baton.policy.registry import by_name
 from baton.policy.router import Router
 from baton.replay.settings import ReplaySettings
+from baton.scheduling.registry import by_name as scheduler_by_name
 from baton.simulation import SimulatedWorker
 from baton.workload import Trace, WorkloadError
 
@@ -55,9 +56,16 @@ class Fleet:
         for number, role in enumerate(roles):
             # What a decode worker holds decides nothing here, so it does not tell.
             has_events = self.index is not None and role != "decode"
+            scheduler = settings.prefill_scheduler if role == "prefill" else settings.decode_scheduler
             worker = SimulatedWorker(
-                replace(base, blocks_per_hash=block // base.block_size_tokens, has_kv_events=has_events),
+                replace(
+                    base,
+                    blocks_per_hash=block // base.block_size_tokens,
+                    has_kv_events=has_events,
+                    can_swap=settings.swap_link is not None,
+                ),
                 settings.prefill_time if role == "prefill" else settings.decode_time,
+                None if scheduler == "fcfs" else scheduler_by_name(scheduler),
             )
             account = self.ledger.open(
                 f"{role}-{number}",

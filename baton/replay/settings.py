@@ -64,6 +64,10 @@ class ReplaySettings:
     """Longest wait at the coordinator; None: for ever."""
     is_closed_loop: bool = False
     """A session's next turn comes its think time after the answer, not at its recorded time."""
-    scheduler: str = "fcfs"
-    """Of the engines' steps, see `baton.scheduling`."""
+    prefill_scheduler: str = "fcfs"
+    """Order of prompts on a prefill worker, see `baton.scheduling`."""
+    decode_scheduler: str = "fcfs"
+    """Order of legs on a decode or colocated worker."""
+    swap_link: KvLink | None = None
+    """To host memory, for legs that lose their blocks; None: they compute everything again."""
     seed: int = 0

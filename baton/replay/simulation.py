@@ -251,11 +251,11 @@ class _Replay:
     def _begin(self, member: Member) -> None:
         worker = member.worker
         plan = worker.begin_step(self._now_s, _MAX_STEPS)
-        link = self._settings.link
-        if link is not None:
-            for fetch in worker.take_fetches():
-                transfer_s = link.transfer_s(fetch.num_tokens * self._settings.kv_bytes_per_token)
-                self._at(self._now_s + transfer_s, self._kv_arrived, member, fetch.leg_id)
+        for fetch in worker.take_fetches():
+            link = self._settings.swap_link if fetch.is_swap else self._settings.link
+            assert link is not None
+            transfer_s = link.transfer_s(fetch.num_tokens * self._settings.kv_bytes_per_token)
+            self._at(self._now_s + transfer_s, self._kv_arrived, member, fetch.leg_id)
         if plan is not None:
             member.version += 1
             self._at(plan.end_s, self._step_ended, member, member.version)

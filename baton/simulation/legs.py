@@ -17,7 +17,8 @@ class Leg:
     __slots__ = (
         "added_s", "first_step_s", "hashes", "is_decoding", "is_kv_here", "is_kv_on_its_way", "is_prefill",
         "keeps_kv", "leg_id", "namespace", "num_blocks", "num_cached_tokens", "num_kv_tokens", "num_named",
-        "num_output_tokens", "num_outputs_done", "num_own_blocks", "num_prompt_tokens", "packed", "runs",
+        "num_output_tokens", "num_outputs_done", "num_own_blocks", "num_prompt_tokens", "num_swapped_tokens",
+        "packed", "runs",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +50,8 @@ class Leg:
         self.num_outputs_done = 0
         self.num_kv_tokens = 0
         """Tokens whose KV is here."""
+        self.num_swapped_tokens = 0
+        """In host memory, of a leg that lost its blocks."""
         self.num_cached_tokens: int | None = None
         """Of the prompt, found here when the leg was first admitted."""
         self.num_blocks = 0
@@ -89,7 +92,9 @@ class Fetch(NamedTuple):
 
     leg_id: str
     num_tokens: int
-    """Of the prompt, that this worker does not hold already."""
+    """Of the prompt, that this worker does not hold already; or all that were swapped out."""
+    is_swap: bool
+    """From this worker's host memory, not from another worker."""
 
 
 class HeldKv(NamedTuple):

@@ -18,6 +18,9 @@ class SimulatedWorkerSettings:
     has_prefix_cache: bool = True
     has_kv_events: bool = True
     """Off where nobody reads them."""
+    can_swap: bool = False
+    """KV of preempted legs is kept in host memory (copied ahead of need, so leaving costs no time) and
+    fetched again when they return; otherwise it is computed again."""
     kv_lease_s: float = 30.0
     """How long the KV of a finished prefill is held for its reader."""
 

@@ -22,10 +22,11 @@ one hash at a time (`kv_cache`).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from baton.contract.messages import BlocksRemoved, BlocksStored, KvEvent, WorkerLoad
 from baton.contract.tokens import TOKEN_BYTES
+from baton.scheduling.base import JobFacts, StepPolicy
 from baton.simulation.kv_cache import PrefixCache, Run
 from baton.simulation.legs import Fetch, FinishedLeg, HeldKv, Leg, PlannedStep, StepResult
 from baton.simulation.settings import SimulatedWorkerSettings
@@ -33,7 +34,14 @@ from baton.step_time import StepTime, StepWork, prefill_pairs
 
 
 class SimulatedWorker:
-    def __init__(self, settings: SimulatedWorkerSettings, step_time: StepTime) -> None:
+    def __init__(
+        self,
+        settings: SimulatedWorkerSettings,
+        step_time: StepTime,
+        scheduler: StepPolicy | None = None,
+    ) -> None:
+        """`scheduler`: who goes first when not everybody fits; None: first come, first served."""
+        self._scheduler = scheduler
         self.settings = settings
         self.step_time = step_time
         self.cache = PrefixCache(settings.num_blocks, settings.blocks_per_hash)
@@ -131,6 +139,21 @@ class SimulatedWorker:
         assert self.can_ever_hold(leg.num_prompt_tokens + leg.num_output_tokens - 1), leg.leg_id
         self._legs[leg.leg_id] = leg
         self._waiting[leg.leg_id] = leg
+        if self._scheduler is not None:
+            num_hits = 0
+            if self.settings.has_prefix_cache and not leg.is_kv_on_its_way:
+                num_hits = self._find(leg)[1]
+            self._scheduler.add(
+                JobFacts(
+                    job_id=leg.leg_id,
+                    arrival_s=leg.added_s,
+                    num_uncached_tokens=0
+                    if leg.is_kv_on_its_way or leg.is_kv_here
+                    else leg.num_prompt_tokens - num_hits * self.settings.block_size_tokens,
+                    num_output_tokens=leg.num_output_tokens,
+                ),
+                leg.added_s,
+            )
 
     def end_early(self, leg_id: str) -> bool:
         """Stop a leg and free what it has, or let go of a finished prefill's KV. Also while a step runs:
@@ -141,6 +164,8 @@ class SimulatedWorker:
         for place in (self._running, self._waiting, self._fetching):
             place.pop(leg_id, None)
         self._free(leg)
+        if self._scheduler is not None:
+            self._scheduler.remove(leg_id)
         return True
 
     def take_fetches(self) -> list[Fetch]:
@@ -154,10 +179,14 @@ class SimulatedWorker:
 
     def _receive(self, leg: Leg, num_tokens: int | None = None) -> None:
         leg.is_kv_on_its_way = leg.is_kv_here = False
+        self._running[leg.leg_id] = leg
+        if leg.num_swapped_tokens:
+            leg.num_kv_tokens, leg.num_swapped_tokens = leg.num_swapped_tokens, 0
+            leg.is_decoding = True
+            return
         limit = leg.num_prompt_tokens - 1  # logits do not travel: the last position is computed here
         leg.num_kv_tokens = max(leg.num_kv_tokens, limit if num_tokens is None else min(num_tokens, limit))
         leg.is_decoding = leg.num_uncomputed == 1
-        self._running[leg.leg_id] = leg
         self._name_computed(leg, leg.num_prompt_tokens if leg.is_decoding else leg.num_kv_tokens)
 
     def kv_lost(self, leg_id: str) -> None:
@@ -198,27 +227,16 @@ class SimulatedWorker:
         assert self._plan is None, "the step before has not ended"
         if self._holds:
             self.expire(now_s)
-        budget = self.settings.max_num_batched_tokens
         decodes = self._decodes = []
         chunks = self._chunks = []
-        block_size, num_preemptions = self.settings.block_size_tokens, self.num_preemptions
-        for leg in list(self._running.values()):
-            if not budget or leg.leg_id not in self._running:
-                break
-            if not leg.is_decoding:
-                budget -= self._add_chunk(leg, budget)
-                continue
-            if leg.num_kv_tokens >= leg.num_blocks * block_size and not self._grow(leg):
-                break
-            budget -= 1
-            decodes.append(leg)
-        # Who has just lost its blocks would only take them back.
-        if self._waiting and num_preemptions == self.num_preemptions:
-            self._admit(budget)
+        if self._scheduler is None:
+            self._fill_by_age()
+        else:
+            self._fill_by_rank(self._scheduler, now_s)
         if not decodes and not chunks:
             return None
         num_steps = 1
-        if decodes and not chunks and max_num_steps > 1:
+        if decodes and not chunks and max_num_steps > 1 and self._is_order_fixed:
             num_steps = min(max_num_steps, min([leg.num_outputs_left for leg in decodes]))
             num_steps = self._fit(decodes, num_steps)
         num_prefill_tokens, pairs = 0, 0.0
@@ -306,6 +324,8 @@ class SimulatedWorker:
                 result.finished.append(self._finished(leg))
                 self._end(leg)
         self.num_prefill_tokens_done += result.num_prefill_tokens
+        if self._scheduler is not None:
+            self._charge(self._scheduler, result)
         self._announce_forgotten()
         result.events, self._events = tuple(self._events), []
         return result
@@ -332,51 +352,133 @@ class SimulatedWorker:
         self._name_computed(leg, leg.num_kv_tokens + chunk)
         return chunk
 
-    def _admit(self, budget: int) -> None:
-        settings, cache = self.settings, self.cache
-        num_places = settings.max_batch_size - len(self._running) - len(self._fetching)
+    @property
+    def _is_order_fixed(self) -> bool:
+        """The same legs would run in the next step: nobody else could."""
+        if self._scheduler is None:
+            return True
+        return not self._waiting and len(self._decodes) == len(self._running)
+
+    def _fill_by_age(self) -> None:
+        budget, num_preemptions = self.settings.max_num_batched_tokens, self.num_preemptions
+        for leg in list(self._running.values()):
+            if not budget or leg.leg_id not in self._running:
+                break
+            budget -= self._add_running(leg, budget, self._running)
+        # Who has just lost its blocks would only take them back.
+        if not self._waiting or num_preemptions != self.num_preemptions:
+            return
+        num_places = self.settings.max_batch_size - len(self._running) - len(self._fetching)
         while budget and num_places > 0 and self._waiting:
             leg = next(iter(self._waiting.values()))
-            runs: list[Run] = []
-            num_hits = 0
-            if settings.has_prefix_cache:
-                max_hits = (leg.num_prompt_tokens - 1) // settings.block_size_tokens
-                runs = cache.match(leg.hashes, max_hits)
-                num_hits = cache.num_hit_blocks(runs, max_hits)
-            num_blocks = self.num_blocks_for(leg.num_tokens)
-            if num_blocks - num_hits > cache.num_free_blocks - cache.num_idle_blocks(runs):
+            if not self._admit(leg):
                 return
-            cache.use(runs)
-            cache.take(num_blocks - num_hits)
-            del self._waiting[leg.leg_id]
             num_places -= 1
-            leg.runs, leg.num_blocks, leg.num_own_blocks = runs, num_blocks, num_blocks - num_hits
-            leg.num_named = len(runs)
-            if runs and runs[-1].num_blocks < settings.blocks_per_hash:
-                leg.num_named -= 1
-            leg.num_kv_tokens = num_hits * settings.block_size_tokens
-            if leg.num_cached_tokens is None:
-                leg.num_cached_tokens = leg.num_kv_tokens
-            if leg.is_kv_on_its_way:
-                self._fetching[leg.leg_id] = leg
-                self._new_fetches.append(Fetch(leg.leg_id, leg.num_prompt_tokens - leg.num_kv_tokens))
-            elif leg.is_kv_here:
-                self._receive(leg)
-                self._decodes.append(leg)
-                budget -= 1
-            else:
-                self._running[leg.leg_id] = leg
-                budget -= self._add_chunk(leg, budget)
+            budget -= self._add_admitted(leg, budget)
 
-    def _grow(self, leg: Leg) -> bool:
-        """One more block; if none is free, the youngest leg loses its own. False: that was this one."""
-        while not self.cache.take(1):
-            victim = self._preempt()
-            if victim is leg:
-                return False
-        leg.num_blocks += 1
-        leg.num_own_blocks += 1
+    def _fill_by_rank(self, scheduler: StepPolicy, now_s: float) -> None:
+        """Places and tokens to the best; who is not among them keeps its blocks. Who is better than
+        somebody with blocks and has none takes them, but never those of a prompt being computed."""
+        budget = self.settings.max_num_batched_tokens
+        num_places = self.settings.max_batch_size - len(self._fetching)
+        order = scheduler.order([*self._running, *self._waiting], now_s)
+        is_blocked = False
+        for position, leg_id in enumerate(order):
+            if num_places <= 0 or not budget:
+                return
+            leg = self._running.get(leg_id)
+            if leg is not None:
+                behind = [other for other in order[position:] if other in self._running]
+                used = self._add_running(leg, budget, behind)
+                budget -= used
+                num_places -= used > 0
+            elif not is_blocked:
+                leg = self._waiting[leg_id]
+                while not self._admit(leg):
+                    victims = [
+                        other
+                        for other in order[position + 1 :]
+                        if other in self._running and self._running[other].is_decoding
+                    ]
+                    if not victims:
+                        is_blocked = True
+                        break
+                    self._preempt(victims[-1])
+                else:
+                    num_places -= 1
+                    budget -= self._add_admitted(leg, budget)
+
+    def _add_running(self, leg: Leg, budget: int, victims: Collection[str]) -> int:
+        """Tokens used. `victims`: who may lose their blocks for it, worst last; it is one of them."""
+        if not leg.is_decoding:
+            return self._add_chunk(leg, budget)
+        if leg.num_kv_tokens >= leg.num_blocks * self.settings.block_size_tokens:
+            while not self.cache.take(1):
+                victim = next(other for other in reversed(list(victims)) if other in self._running)
+                self._preempt(victim)
+                if victim == leg.leg_id:
+                    return 0
+            leg.num_blocks += 1
+            leg.num_own_blocks += 1
+        self._decodes.append(leg)
+        return 1
+
+    def _add_admitted(self, leg: Leg, budget: int) -> int:
+        if leg.is_kv_on_its_way:
+            return 0
+        if leg.is_decoding:
+            self._decodes.append(leg)
+            return 1
+        return self._add_chunk(leg, budget)
+
+    def _find(self, leg: Leg) -> tuple[list[Run], int]:
+        """(runs with the beginning of its prompt, full blocks of it in them)"""
+        if not self.settings.has_prefix_cache:
+            return [], 0
+        max_hits = (leg.num_prompt_tokens - 1) // self.settings.block_size_tokens
+        runs = self.cache.match(leg.hashes, max_hits)
+        return runs, self.cache.num_hit_blocks(runs, max_hits)
+
+    def _admit(self, leg: Leg) -> bool:
+        """Blocks for all its tokens. False: there are not so many."""
+        settings, cache = self.settings, self.cache
+        runs, num_hits = ([], 0) if leg.num_swapped_tokens else self._find(leg)
+        num_blocks = self.num_blocks_for(leg.num_tokens)
+        if num_blocks - num_hits > cache.num_free_blocks - cache.num_idle_blocks(runs):
+            return False
+        cache.use(runs)
+        cache.take(num_blocks - num_hits)
+        del self._waiting[leg.leg_id]
+        leg.runs, leg.num_blocks, leg.num_own_blocks = runs, num_blocks, num_blocks - num_hits
+        leg.num_named = len(runs)
+        if runs and runs[-1].num_blocks < settings.blocks_per_hash:
+            leg.num_named -= 1
+        leg.num_kv_tokens = num_hits * settings.block_size_tokens
+        if leg.num_cached_tokens is None:
+            leg.num_cached_tokens = leg.num_kv_tokens
+        if leg.num_swapped_tokens:
+            leg.is_kv_on_its_way = True
+            self._fetching[leg.leg_id] = leg
+            self._new_fetches.append(Fetch(leg.leg_id, leg.num_swapped_tokens, True))
+        elif leg.is_kv_on_its_way:
+            self._fetching[leg.leg_id] = leg
+            self._new_fetches.append(Fetch(leg.leg_id, leg.num_prompt_tokens - leg.num_kv_tokens, False))
+        elif leg.is_kv_here:
+            self._receive(leg)
+        else:
+            self._running[leg.leg_id] = leg
         return True
+
+    def _charge(self, scheduler: StepPolicy, result: StepResult) -> None:
+        now_s = result.end_s
+        for leg, chunk in self._chunks:
+            # An ended one as well: what it cost may count for its tenant.
+            num_outputs = 0 if leg.num_uncomputed and leg.leg_id in self._legs else 1
+            scheduler.charge(leg.leg_id, num_prefill_tokens=chunk, num_output_tokens=num_outputs, now_s=now_s)
+        for leg in self._decodes:
+            scheduler.charge(leg.leg_id, num_output_tokens=result.num_steps, now_s=now_s)
+        for finished in (*result.finished_prefills, *result.finished):
+            scheduler.remove(finished.leg_id)
 
     def _fit(self, decodes: list[Leg], num_steps: int) -> int:
         """As many of these steps as there are blocks for; the first one has its blocks."""
@@ -397,14 +499,15 @@ class SimulatedWorker:
                 high = middle - 1
         return low
 
-    def _preempt(self) -> Leg:
-        leg_id, leg = self._running.popitem()
+    def _preempt(self, leg_id: str) -> None:
+        leg = self._running.pop(leg_id)
+        if self.settings.can_swap and leg.is_decoding:
+            leg.num_swapped_tokens = leg.num_kv_tokens
         self._free(leg)
         self._waiting[leg_id] = leg
         self._waiting.move_to_end(leg_id, last=False)
         self._preempted.append(leg_id)
         self.num_preemptions += 1
-        return leg
 
     def _free(self, leg: Leg) -> None:
         self.cache.leave(leg.runs, leg.num_own_blocks)

@@ -196,7 +196,7 @@ def test_kv_from_elsewhere_reserves_first_and_decodes_when_it_is_there():
     w.add_decode("a", 9, 3, [1, 2], 0.0, is_kv_on_its_way=True)
     w.add_decode("b", 25, 3, [], 0.0, is_kv_on_its_way=True)
     assert w.begin_step(0.0) is None
-    assert w.take_fetches() == [("a", 9), ("b", 25)]
+    assert w.take_fetches() == [("a", 9, False), ("b", 25, False)]
     assert w.cache.num_free_blocks == 0
     w.kv_arrived("a")
     step = w.begin_step(1.0)
@@ -213,7 +213,7 @@ def test_a_second_decode_of_the_same_prompt_fetches_less():
     for name, num_missing in (("a", 13), ("b", 1)):
         w.add_decode(name, 13, 2, [1, 2, 3], 0.0, is_kv_on_its_way=True)
         w.begin_step(0.0)
-        assert w.take_fetches() == [(name, num_missing)]
+        assert w.take_fetches() == [(name, num_missing, False)]
         w.kv_arrived(name)
         run_dry(w)
 
