@@ -55,6 +55,7 @@ class Router:
         *,
         prefill_policy: Policy,
         decode_policy: Policy,
+        colocated_policy: Policy | None = None,
         index: KvIndex | None = None,
         expectations: Expectations | None = None,
         guard: HotspotGuard | None = None,
@@ -66,7 +67,7 @@ class Router:
         self._prefill_pool = prefill_pool
         self._decode_pool = decode_pool
         self._colocated_pool = Pool() if colocated_pool is None else colocated_pool
-        self._colocated_policy = LMetric()
+        self._colocated_policy = colocated_policy or LMetric()
         self._prefill_policy = prefill_policy
         self._decode_policy = decode_policy
         self._index = index
@@ -152,8 +153,8 @@ class Router:
     def choose_colocated(
         self, facts: RequestFacts, hits: KnownHits | None, now_s: float
     ) -> PrefillChoice | None:
-        """One worker for both phases, by the product, which was made for this: decodes running there
-        count in its batch. None: nobody has room for both."""
+        """One worker for both phases, unless told otherwise by the product, which was made for this:
+        decodes running there count in its batch. None: nobody has room for both."""
         slots = self._startable(facts, hits, self._colocated_pool)
         slots = slots_with_room(facts, self._ledger, slots)
         return self._choose(self._colocated_policy, self._candidates(facts, slots, hits, now_s), hits)

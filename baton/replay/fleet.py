@@ -83,13 +83,15 @@ class Fleet:
             if has_events:
                 self.feeds.joined(account.slot, BOOT_ID)
         self.by_slot = {member.account.slot: member for member in self.members}
-        self.prefill_policy = by_name(settings.prefill_policy)
+        policy = by_name(settings.prefill_policy)
         self.router = Router(
             self.ledger,
-            pools["both"] if shape.num_both else pools["prefill"],
-            pools["both"] if shape.num_both else pools["decode"],
-            prefill_policy=self.prefill_policy,
-            decode_policy=self.prefill_policy if shape.num_both else by_name(settings.decode_policy),
+            pools["prefill"],
+            pools["decode"],
+            pools["both"],
+            prefill_policy=policy,
+            decode_policy=by_name(settings.decode_policy),
+            colocated_policy=policy,
             index=self.index,
             expectations=None if self.index is None else Expectations(),
             guard=self.guard,

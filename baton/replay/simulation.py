@@ -19,10 +19,9 @@ from collections.abc import Callable
 from time import process_time
 from typing import Any
 
-from baton.policy.base import Choice, RequestFacts
+from baton.policy.base import RequestFacts
 from baton.policy.ledger import WorkerAccount
 from baton.policy.room import num_blocks_wanted
-from baton.policy.router import PrefillChoice
 from baton.replay.fleet import Fleet, Member
 from baton.replay.requests import Prompts, Request
 from baton.replay.result import ReplayResult, result_of
@@ -149,7 +148,7 @@ class _Replay:
         )
         if self._is_colocated:
             return self._dispatch_colocated(request, facts, is_fresh=is_fresh)
-        decode = router.place_decode(facts, now_s)
+        decode = router.place_decode(facts, now_s, request.hits)
         if decode is None:
             return False
         if not is_fresh and request.hits is not None:
@@ -184,18 +183,18 @@ class _Replay:
         router, now_s = self._fleet.router, self._now_s
         if not is_fresh and request.hits is not None:
             request.hits = router.refreshed(request.hits)
-        choice: Choice | None = router.choose_decode(facts, request.hits, now_s)
+        choice = router.choose_colocated(facts, request.hits, now_s)
         if choice is None:
             return False
-        account, leg_id = choice.account, request.leg_id
-        request.num_predicted_tokens = choice.hit_tokens
+        account, leg_id = choice.choice.account, request.leg_id
+        request.num_predicted_tokens = choice.choice.hit_tokens
         account.commit(
             leg_id,
-            num_queued_tokens=request.num_prompt_tokens - choice.hit_tokens,
+            num_queued_tokens=request.num_prompt_tokens - request.num_predicted_tokens,
             num_blocks=num_blocks_wanted(facts, account),
             num_kv_tokens=request.num_prompt_tokens,
         )
-        router.committed(leg_id, PrefillChoice(choice, choice), request.hits)
+        router.committed(leg_id, choice, request.hits)
         member = self._sent(request, account, account)
         member.worker.add_decode(
             leg_id,
