@@ -34,6 +34,7 @@ COMMANDS = {
     "prefill": Command("prefill_worker.__main__", "one prefill worker"),
     "decode": Command("decode_worker.__main__", "one decode worker"),
     "both": Command("baton.worker.both", "one worker for both phases: small fleets, colocated serving"),
+    "replay": Command("baton.replay.command", "request traces through a simulated fleet, in virtual time"),
     "submit": Command("baton.submit", "send a prompt to a coordinator and print the tokens as they come"),
     "explain": Command("baton.explain", "why a request went where it went, from the decision log"),
     "doctor": Command("baton.doctor", "find what is wrong with this installation"),

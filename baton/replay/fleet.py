@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from baton.contract.messages import KvEvent, WorkerCapacity, WorkerLoad
@@ -63,6 +64,8 @@ class Fleet:
                     blocks_per_hash=block // base.block_size_tokens,
                     has_kv_events=has_events,
                     can_swap=settings.swap_link is not None,
+                    # Readers come; when, is what a replay is for.
+                    kv_lease_s=math.inf,
                 ),
                 settings.prefill_time if role == "prefill" else settings.decode_time,
                 None if scheduler == "fcfs" else scheduler_by_name(scheduler),
