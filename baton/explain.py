@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
         return EXIT_FAILED
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_log(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, line). Raises BrokenLog or OSError."""
     with path.open(encoding="utf-8") as file:
         for number, text in enumerate(file, 1):
             try:
@@ -65,7 +66,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _show(path: Path, request_id: str | None) -> int:
     found = None
-    for _, line in _lines(path):
+    for _, line in read_log(path):
         if request_id is None or _is_of(line["request_id"], request_id):
             found = line
     if found is None:
@@ -115,7 +116,7 @@ def describe(line: dict[str, Any]) -> str:
 
 def _replay(path: Path) -> int:
     num_requests = num_decisions = num_different = 0
-    for number, line in _lines(path):
+    for number, line in read_log(path):
         num_requests += 1
         for decision in line["decisions"]:
             num_decisions += 1

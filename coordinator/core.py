@@ -44,6 +44,7 @@ from baton.contract.messages import (
 from baton.contract.tokens import pack_token_ids
 from baton.policy.base import Policy
 from baton.policy.ledger import WorkerAccount
+from baton.policy.stay_or_go import Pace
 from coordinator.actions import Action, Deliver, Finish, Send
 from coordinator.admission import check_acceptable
 from coordinator.dispatch import Dispatch
@@ -75,6 +76,8 @@ class CoreSettings:
     """Growth reserved for a request that asks for more; the engine preempts if it was too little."""
     kv_index_bytes: int = 2 * 1024**3
     """Most memory for the index of who holds which prefix; beyond it the least used is forgotten."""
+    pace: Pace | None = None
+    """For stay or go; None: learnt from what workers report."""
     keeps_records: bool = False
     """Each request's decisions are handed out with its end, with all facts; for a log."""
 
@@ -97,6 +100,7 @@ class Core:
             expected_output_tokens=settings.expected_output_tokens,
             kv_index_bytes=settings.kv_index_bytes,
             keeps_records=settings.keeps_records,
+            pace=settings.pace,
         )
         self._boot_id = boot_id
         self._num_handoffs = 0

@@ -21,6 +21,7 @@ from baton.policy.explain import read_all, record_decision
 from baton.policy.ledger import Pool, WorkerAccount
 from baton.policy.room import lack_of_prefill_room, lack_of_room, num_blocks_wanted
 from baton.policy.router import KnownHits, PrefillChoice, Router
+from baton.policy.stay_or_go import Pace
 from coordinator.fleet import FleetView, Worker
 from coordinator.fleet_pace import FleetPace
 from coordinator.prefixes import FleetPrefixes
@@ -79,8 +80,10 @@ class Dispatch:
         expected_output_tokens: int,
         kv_index_bytes: int,
         keeps_records: bool = False,
+        pace: Pace | None = None,
     ) -> None:
-        """`keeps_records`: every choice is made with a record of all that was read."""
+        """`keeps_records`: every choice is made with a record of all that was read. `pace`: instead of
+        learning it."""
         self._fleet = fleet
         self._expected_output_tokens = expected_output_tokens
         self._router = Router(
@@ -92,7 +95,7 @@ class Dispatch:
             decode_policy=decode_policy,
         )
         self.prefixes = FleetPrefixes(self._router, max_bytes=kv_index_bytes)
-        self.pace = FleetPace()
+        self.pace = FleetPace(pace)
         self._keeps_records = keeps_records
         self._unlearned: _Lesson | None = None
 

@@ -39,7 +39,9 @@ class StepClock:
 
 
 class FleetPace:
-    def __init__(self) -> None:
+    def __init__(self, given: Pace | None = None) -> None:
+        """`given`: known already, nothing is learnt."""
+        self._given = given
         self._prefill = RunningFit(3)
         self._decode = RunningFit(3)
         self._handoff = RunningFit(2)
@@ -84,7 +86,9 @@ class FleetPace:
         self._handoff.add((1.0, num_bytes), handoff_s)
 
     def pace(self) -> Pace | None:
-        """As last fitted; None while too little is known."""
+        """As given or last fitted; None while too little is known."""
+        if self._given is not None:
+            return self._given
         num_added = self._prefill.num_added + self._handoff.num_added
         if num_added >= self._next_fit_at:
             self._next_fit_at = num_added + min(MAX_BETWEEN_FITS, max(MIN_MEASURED, num_added // 2))

@@ -30,6 +30,7 @@ from baton.wire.endpoints import tcp
 from coordinator.app import Coordinator
 from coordinator.core import Core, CoreSettings
 from coordinator.decision_log import DecisionLog
+from coordinator.given_pace import given_pace
 from coordinator.http import HttpDoor, HttpSettings
 from coordinator.metrics import Metrics
 from coordinator.prompts import FleetPrompts
@@ -161,6 +162,7 @@ def _core_settings(settings: CoordinatorSettings) -> CoreSettings:
         prefill_timeout_s=settings.prefill_timeout_s,
         handoff_timeout_s=settings.handoff_timeout_s,
         decode_stall_timeout_s=settings.decode_stall_timeout_s,
+        pace=None if settings.step_time is None else given_pace(settings.step_time),
         keeps_records=settings.decision_log is not None,
         kv_index_bytes=int(settings.kv_index_gib * 1024**3),
     )

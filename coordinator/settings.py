@@ -13,6 +13,7 @@ from baton.wire.endpoints import (
     DEFAULT_HOST,
     DEFAULT_HTTP_PORT,
 )
+from coordinator.given_pace import given_pace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,12 @@ class CoordinatorSettings:
         "most memory for the index of who holds which prefix (8 million blocks); beyond it the least used "
         "is forgotten, which costs predictions only",
     )
+    step_time: str | None = option(
+        None,
+        "the fleet's speed, for `stay or go`: a GPU and a model folder or shipped shape, whose roofline "
+        "serves; absent: learnt from what workers report",
+        metavar="GPU:MODEL[:TP]",
+    )
     decision_log: str | None = option(
         None,
         "append each request's decisions with all facts to FILE, for `baton explain`; 64 MiB, then FILE.1; "
@@ -82,5 +89,10 @@ class CoordinatorSettings:
                 registry.by_name(getattr(self, name))
             except ValueError as error:
                 raise SettingsError(f"{name}: {error}") from error
+        if self.step_time is not None:
+            try:
+                given_pace(self.step_time)
+            except ValueError as error:
+                raise SettingsError(f"step_time: {error}") from error
         if not self.kv_index_gib > 0:
             raise SettingsError(f"kv_index_gib is {self.kv_index_gib:g}, expected more than 0")

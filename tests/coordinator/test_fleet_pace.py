@@ -6,8 +6,11 @@ import random
 
 import pytest
 
+from baton.settings import SettingsError
 from baton.step_time.base import StepWork, prefill_pairs
 from coordinator.fleet_pace import MIN_MEASURED, STEPS_PER_MEASUREMENT, FleetPace
+from coordinator.given_pace import given_pace
+from coordinator.settings import CoordinatorSettings
 
 
 def learn(pace: FleetPace, rng: random.Random, *, lengths=(100, 2000), num: int = 200) -> None:
@@ -52,6 +55,33 @@ def test_what_was_measured_is_predicted():
     assert known.decode.step_s(mixed) == pytest.approx(0.005 + 4e-4 + 4e-5 + prompt_s, rel=1e-3)
     assert known.handoff_s == pytest.approx(0.004, rel=1e-3)
     assert known.handoff_per_byte_s == pytest.approx(1e-9, rel=1e-3)
+
+
+def test_a_given_pace_is_known_at_once():
+    given = given_pace("H100:Llama-3.1-8B")
+    assert FleetPace(given).pace() is given
+    prompt = StepWork(num_prefill_tokens=2048, num_prefill_pairs=prefill_pairs(2048))
+    assert 0.02 < given.prefill.step_s(prompt) < 0.2  # 2 x 8e9 x 2048 operations at 0.2 to 1 peta per second
+    assert 0.001 < given.handoff_s < 0.05
+    assert given_pace("H100:Llama-3.1-8B:2").prefill.step_s(prompt) < given.prefill.step_s(prompt)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("H100", "is not GPU:MODEL"),
+        ("H100:", "is not GPU:MODEL"),
+        ("T1000:Llama-3.1-8B", "T1000"),
+        ("H100:nobody/knows", "nobody/knows"),
+        ("H100:Llama-3.1-8B:two", "'two' is no tensor-parallel size"),
+        ("H100:Llama-3.1-8B:3", "TP 3"),
+    ],
+)
+def test_a_pace_that_cannot_be_given_is_a_sentence(spec, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        given_pace(spec)
+    with pytest.raises(SettingsError, match=f"step_time: .*{sentence}"):
+        CoordinatorSettings(step_time=spec)
 
 
 def test_a_fleet_that_changes_is_learnt_again():

@@ -55,16 +55,19 @@ class _OneFleet:
         coordinator: tuple[str, ...] = (),
         prefill: tuple[str, ...] = (),
         decode: tuple[str, ...] = (),
+        roles: tuple[str, ...] = ("prefill", "decode"),
     ) -> Fleet:
-        settings = (coordinator, prefill, decode)
+        settings = (coordinator, prefill, decode, roles)
         if self.fleet is not None and self._settings == settings and self.fleet.members:
             return self.fleet
         self.stop()
         fleet = self.fleet = Fleet(self._make_folder("fleet"), model=self._model)
         self._settings = settings
         fleet.start_coordinator(*coordinator)
-        fleet.start_worker("prefill", "prefill-1", *REAL_WORKER, *prefill)
-        fleet.start_worker("decode", "decode-1", *REAL_WORKER, *decode)
+        flags = {"prefill": prefill, "decode": decode}
+        for number, role in enumerate(roles):
+            name = f"{role}-{roles[: number + 1].count(role)}"
+            fleet.start_worker(role, name, *REAL_WORKER, *flags.get(role, ()))
         fleet.wait_until_ready()
         return fleet
 
@@ -83,7 +86,8 @@ def _one_fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def start_real_fleet(_one_fleet: _OneFleet) -> StartFleet:
-    """One prefill and one decode worker on vLLM, idle. Keyword arguments are flags by role."""
+    """Workers on vLLM, one prefill and one decode unless told, idle. Keyword arguments are flags by role,
+    and `roles`."""
     return _one_fleet.start
 
 

@@ -118,7 +118,8 @@ class Fleet:
         ]
         if self.model is not None:
             flags += ["--model", str(self.model)]
-        return self._start(f"{role}_worker", name, *flags, *arguments)
+        module = "baton.worker.both" if role == "both" else f"{role}_worker"
+        return self._start(module, name, *flags, *arguments)
 
     def _start(self, module: str, name: str, *arguments: str) -> RecordedProcess:
         command = [sys.executable, "-m", module, "--exit-with-parent", *arguments]
