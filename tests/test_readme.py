@@ -17,7 +17,7 @@ from decode_worker.settings import DecodeWorkerSettings
 from prefill_worker.settings import PrefillWorkerSettings
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/routing.md"]
 
 
 def flags_of(settings: type) -> set[str]:

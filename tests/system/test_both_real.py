@@ -12,8 +12,8 @@ from tests.system.fleet import Answer, Fleet
 from tests.system.reference import Expected
 from tests.system.test_differential import CONCURRENCY, LOGPROB_TOLERANCE, ask_fleet
 
-CASES = [case for case in all_cases() if case.derive is None]
-"""Those whose parameters need no reference run."""
+CASES = [case for case in all_cases() if case.derive is None][::2]
+"""Of those whose parameters need no reference run, every other one: three fleets answer them."""
 
 
 def answers(fleet: Fleet) -> list[Expected]:
