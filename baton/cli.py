@@ -37,6 +37,9 @@ COMMANDS = {
     "replay": Command("baton.replay.command", "request traces through a simulated fleet, in virtual time"),
     "submit": Command("baton.submit", "send a prompt to a coordinator and print the tokens as they come"),
     "explain": Command("baton.explain", "why a request went where it went, from the decision log"),
+    "profile": Command(
+        "baton.profiling.command", "measure how long an engine's steps take here, for planning"
+    ),
     "doctor": Command("baton.doctor", "find what is wrong with this installation"),
 }
 

@@ -30,7 +30,7 @@ LAYERS: list[list[str]] = [
     ["baton.engine", "baton.client", "baton.replay"],
     ["baton.worker"],
     ["coordinator", "prefill_worker", "decode_worker", "placement"],
-    ["baton.launch_plan", "baton.self_test", "baton.submit", "baton.explain"],
+    ["baton.launch_plan", "baton.self_test", "baton.submit", "baton.explain", "baton.profiling"],
     ["baton.launcher", "baton.doctor"],
     ["baton.cli"],
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -101,12 +101,13 @@ def _scales(factors: Array) -> Scales:
     return Scales(**dict(zip(GROUPS, map(float, factors), strict=True)))
 
 
-def every_third(
-    observations: Sequence[Observation], start: int = 0
-) -> tuple[list[Observation], list[Observation]]:
+T = TypeVar("T")
+
+
+def every_third(items: Sequence[T], start: int = 0) -> tuple[list[T], list[T]]:
     """(every third one from `start`, the rest): in measuring order, so that both see every region."""
-    chosen = [item for index, item in enumerate(observations) if index % 3 == start]
-    rest = [item for index, item in enumerate(observations) if index % 3 != start]
+    chosen = [item for index, item in enumerate(items) if index % 3 == start]
+    rest = [item for index, item in enumerate(items) if index % 3 != start]
     return chosen, rest
 
 

@@ -118,7 +118,7 @@ def load_shape(source: str) -> ModelShape:
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        if path.suffix or path.name == "config.json":
+        if path.suffix in (".json", ".yaml", ".yml"):
             raise UnsupportedShape(f"{path} does not exist")
         return shape_by_name(source)
     try:

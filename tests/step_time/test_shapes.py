@@ -43,7 +43,7 @@ def test_a_shipped_shape_has_the_published_number_of_parameters(name: str, billi
 
 
 def test_every_shipped_shape_is_valid():
-    assert [shape_by_name(name).name for name in SHIPPED] == list(SHIPPED)
+    assert [load_shape(name).name for name in SHIPPED] == list(SHIPPED)
 
 
 def test_names_ignore_case_and_owner():

@@ -1,0 +1,1 @@
+"""Measuring an engine's step times: `baton profile`."""
