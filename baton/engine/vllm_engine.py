@@ -75,6 +75,7 @@ SHUTDOWN_GRACE_S = 5.0
 HOLD_UNLESS_STOPPED = "baton_hold_unless_stopped"
 LEASE_END_S = "baton_lease_end_s"
 RELEASE_HELD = "baton_release_held"
+STREAM_ID = "baton_stream_id"
 
 
 @dataclass(slots=True, eq=False)
@@ -274,7 +275,13 @@ class VllmEngine:
     # ── legs ──────────────────────────────────────────────────────────────────────────────────
 
     def start_prefill(self, message: StartPrefill) -> None:
-        hold = {"do_remote_decode": True, "do_remote_prefill": False, HOLD_UNLESS_STOPPED: True}
+        hold: dict[str, Any] = {
+            "do_remote_decode": True,
+            "do_remote_prefill": False,
+            HOLD_UNLESS_STOPPED: True,
+        }
+        if self._settings.transfer == "stream":
+            hold[STREAM_ID] = message.handoff_id
         self._start_leg(
             message.handoff_id,
             message.prompt_token_ids,

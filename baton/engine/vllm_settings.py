@@ -65,6 +65,12 @@ class VllmEngineSettings:
     kv_load_failure_policy: Literal["recompute", "fail"] = "recompute"
     """What a decode worker does when KV did not arrive or came too late: compute the prompt itself
     (slower, same answer), or fail the leg so that the coordinator may retry elsewhere."""
+    transfer: Literal["pull", "stream"] = "pull"
+    """`pull`: a decode worker reads a finished prompt's KV. `stream`: the prefill worker can also write it
+    while it computes, for decode workers that reserve blocks in time."""
+    kv_stream_writes: Literal["chunk", "layer"] = "chunk"
+    """When a streaming prefill worker writes: after each chunk, or after each layer of it (for slow links
+    and prompts of one chunk; on GPUs it needs piecewise graphs)."""
     is_progress_thread_enabled: bool = False
     """NIXL's thread polls without pause: half a core per idle engine, and slower transfers where cores
     are few. Off is safe because a prefill engine steps while it holds KV."""
@@ -153,15 +159,18 @@ def _dtype(settings: VllmEngineSettings) -> str:
 
 def transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
     """Keyword arguments of vLLM's KVTransferConfig. All roles get the same connector."""
+    is_streaming = settings.transfer == "stream"
+    module = "nixl_stream_connector" if is_streaming else "nixl_connector"
     return {
-        "kv_connector": "LeasedNixlConnector",
-        "kv_connector_module_path": "baton.transfer.nixl_connector",
+        "kv_connector": "StreamingNixlConnector" if is_streaming else "LeasedNixlConnector",
+        "kv_connector_module_path": f"baton.transfer.{module}",
         "kv_role": KV_ROLES[settings.role],
         "kv_load_failure_policy": settings.kv_load_failure_policy,
         "kv_connector_extra_config": {
             "kv_lease_duration": settings.kv_lease_s,
             "kv_lease_margin_s": settings.kv_lease_margin_s,
             "kv_pull_timeout_s": settings.kv_pull_timeout_s,
+            "kv_stream_writes": settings.kv_stream_writes,
             "is_progress_thread_enabled": settings.is_progress_thread_enabled,
             "is_affinity_kept": True,
             "is_idle_pace_enabled": True,

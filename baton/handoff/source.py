@@ -217,6 +217,8 @@ class SourceTable:
         self._streams: dict[StreamKey, _Stream] = {}
         self._ended: OrderedDict[StreamKey, tuple[float, bool]] = OrderedDict()
         """Key → (when, whether all was written)."""
+        self._released: OrderedDict[str, float] = OrderedDict()
+        """Hand-offs whose blocks are gone → when."""
         self.num_dropped = 0
         """Late or repeated messages."""
 
@@ -269,12 +271,14 @@ class SourceTable:
             elif now_s - stream.reassured_s >= self._reassure_every_s and not stream.is_lost:
                 stream.reassured_s = now_s
                 actions.append(Reassure(key))
-        while self._ended:
-            key, (ended_s, _) = next(iter(self._ended.items()))
-            if now_s - ended_s < REMEMBER_ENDED_S:
-                break
-            del self._ended[key]
+        self._forget(now_s)
         return actions
+
+    def _forget(self, now_s: float) -> None:
+        while self._ended and now_s - next(iter(self._ended.values()))[0] >= REMEMBER_ENDED_S:
+            self._ended.popitem(last=False)
+        while self._released and now_s - next(iter(self._released.values())) >= REMEMBER_ENDED_S:
+            self._released.popitem(last=False)
 
     # ── prefill ───────────────────────────────────────────────────────────────────────────────
 
@@ -317,21 +321,22 @@ class SourceTable:
         for stream in self._streams_of(handoff_id):
             if not stream.is_all_posted:  # the rest of a complete one needs only to land
                 actions += self._drain(stream, reason, now_s)
-        return actions + self._release_if_quiet(handoff_id)
+        return actions + self._release_if_quiet(handoff_id, now_s)
 
     def _release_if_served(self, handoff_id: str, now_s: float) -> list[SourceAction]:
         hold = self._holds[handoff_id]
         is_served = hold.num_destinations is not None and hold.num_served >= hold.num_destinations
         if hold.state is HoldState.HELD and is_served:
             return self._give_up_hold(handoff_id, "served", now_s)
-        return self._release_if_quiet(handoff_id)
+        return self._release_if_quiet(handoff_id, now_s)
 
-    def _release_if_quiet(self, handoff_id: str) -> list[SourceAction]:
+    def _release_if_quiet(self, handoff_id: str, now_s: float) -> list[SourceAction]:
         hold = self._holds.get(handoff_id)
         if hold is None or hold.state is not HoldState.RELEASING or self.num_in_flight(handoff_id):
             return []
         hold.state = moved(HOLD_MOVES, hold.state, HoldState.RELEASED)
         del self._holds[handoff_id]
+        self._released[handoff_id] = now_s
         return [Release(handoff_id)]
 
     # ── destinations ──────────────────────────────────────────────────────────────────────────
@@ -344,6 +349,9 @@ class SourceTable:
             self.num_dropped += 1
             _, is_complete = self._ended[key]
             return [] if is_complete else [Fail(key, "this hand-off is over at the source")]
+        if key.handoff_id in self._released:
+            self._remember(key, now_s, is_complete=False)
+            return [Fail(key, "the source has released these blocks")]
         stream = self._streams[key] = _Stream(
             key=key,
             destination_blocks=event.block_ids,
@@ -463,7 +471,7 @@ class SourceTable:
             actions.append(AcknowledgeCancel(stream.key))
         elif not stream.is_lost:
             actions.append(Fail(stream.key, stream.reason))
-        return actions + self._release_if_quiet(stream.key.handoff_id)
+        return actions + self._release_if_quiet(stream.key.handoff_id, now_s)
 
     def _end(self, stream: _Stream, now_s: float, *, is_complete: bool) -> None:
         stream.state = moved(STREAM_MOVES, stream.state, StreamState.ENDED)

@@ -97,6 +97,11 @@ class LeasedMetadata(NixlConnectorMetadata):
 class LeasedNixlConnector(NixlPullConnector):
     """See the module. Constructed by vLLM, once per role and process."""
 
+    scheduler_class: type[LeasedPullScheduler]
+    worker_class: type[LeasedPullWorker]
+    is_strict = False
+    """A second thread of ours calls NIXL: strict locking, whether or not NIXL's own thread runs."""
+
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
         if owner := extra_config.get("owner"):
@@ -106,14 +111,14 @@ class LeasedNixlConnector(NixlPullConnector):
         self.connector_scheduler: LeasedPullScheduler | None = None
         self.connector_worker: LeasedPullWorker | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self.connector_scheduler = LeasedPullScheduler(vllm_config, self.engine_id, kv_cache_config)
+            self.connector_scheduler = self.scheduler_class(vllm_config, self.engine_id, kv_cache_config)
         else:
             is_spinning = bool(extra_config.get("is_progress_thread_enabled", True))
             with (
-                contextlib.nullcontext() if is_spinning else _agents_without_progress_thread(),
+                _agents(is_spinning, is_strict=self.is_strict or not is_spinning),
                 _as_one_stage(vllm_config.parallel_config),
             ):
-                self.connector_worker = LeasedPullWorker(vllm_config, self.engine_id, kv_cache_config)
+                self.connector_worker = self.worker_class(vllm_config, self.engine_id, kv_cache_config)
 
 
 class LeasedPullScheduler(NixlPullConnectorScheduler):
@@ -160,7 +165,7 @@ class LeasedPullScheduler(NixlPullConnectorScheduler):
         for listener in self._listeners:
             listener.join()
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         params = request.kv_transfer_params or {}
         num_held = params.get("remote_num_tokens")
         if params.get("do_remote_prefill") and params.get(NUM_STAGES, 1) != self._num_stages:
@@ -358,18 +363,22 @@ def _as_one_stage(parallel_config: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _agents_without_progress_thread() -> Iterator[None]:
-    """NIXL agents made inside are driven by their caller only. vLLM has no setting for it."""
+def _agents(is_spinning: bool, *, is_strict: bool) -> Iterator[None]:
+    """NIXL agents made inside have a progress thread or not. vLLM has no setting for it."""
     from nixl._api import nixl_agent_config, nixl_thread_sync_t
 
     stock = base_worker.nixl_agent_config
     base_worker.nixl_agent_config = functools.partial(
         nixl_agent_config,
-        enable_prog_thread=False,
+        enable_prog_thread=is_spinning,
         # Without its thread NIXL's default is no locking at all, and the handshake thread calls too.
-        sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
+        sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT if is_strict else None,
     )
     try:
         yield
     finally:
         base_worker.nixl_agent_config = stock
+
+
+LeasedNixlConnector.scheduler_class = LeasedPullScheduler
+LeasedNixlConnector.worker_class = LeasedPullWorker

@@ -93,12 +93,17 @@ def test_logprobs_keep_vllms_order() -> None:
 
 def test_the_engine_and_the_connector_use_the_same_keys() -> None:
     from baton.engine import vllm_engine, vllm_settings
-    from baton.transfer import nixl_connector
+    from baton.transfer import nixl_connector, nixl_stream_connector, nixl_stream_scheduler
 
+    assert vllm_engine.STREAM_ID == nixl_stream_scheduler.STREAM_ID
     for name in ("HOLD_UNLESS_STOPPED", "LEASE_END_S", "RELEASE_HELD"):
         assert getattr(vllm_engine, name) == getattr(nixl_connector, name)
     settings = vllm_settings.VllmEngineSettings(model="m", role=WorkerRole.DECODE)
     arguments = vllm_settings.transfer_arguments(settings)
     assert arguments["kv_connector_module_path"] == nixl_connector.CONNECTOR_MODULE
     assert arguments["kv_connector"] == nixl_connector.CONNECTOR_NAME
+    streaming = vllm_settings.VllmEngineSettings(model="m", role=WorkerRole.DECODE, transfer="stream")
+    arguments = vllm_settings.transfer_arguments(streaming)
+    assert arguments["kv_connector_module_path"] == nixl_stream_connector.CONNECTOR_MODULE
+    assert arguments["kv_connector"] == nixl_stream_connector.CONNECTOR_NAME
     assert hasattr(nixl_connector, arguments["kv_connector"])

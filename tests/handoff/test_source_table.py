@@ -244,3 +244,12 @@ def test_letting_go_early():
 def test_an_illegal_move_raises():
     with pytest.raises(IllegalMove, match="held to filling"):
         moved(HOLD_MOVES, HoldState.HELD, HoldState.FILLING)
+
+
+def test_a_registration_after_the_release_is_refused_at_once():
+    source = table()
+    source.on_event(computed(4), 0.0)
+    source.on_event(PrefillEnded(handoff_id="h1", lease_s=10.0), 0.0)
+    source.on_time(10.0)
+    assert source.on_event(registered(), 10.1) == [Fail(KEY, "the source has released these blocks")]
+    assert source.is_idle
