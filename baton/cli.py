@@ -3,7 +3,8 @@
 The only module above the roles. A role is imported when it is asked for, so `baton submit` starts
 without torch and one role's missing package cannot break another's `--help`.
 
-Exit codes: 0 clean, 1 runtime failure, 2 usage or settings, 3 doctor found a problem, 130 Ctrl-C.
+Exit codes: 0 clean, 1 runtime failure, 2 usage or settings, 3 doctor found a problem or plan no placement,
+130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ COMMANDS = {
     "decode": Command("decode_worker.__main__", "one decode worker"),
     "both": Command("baton.worker.both", "one worker for both phases: small fleets, colocated serving"),
     "replay": Command("baton.replay.command", "request traces through a simulated fleet, in virtual time"),
+    "plan": Command("placement.__main__", "which workers of which parallelism: the offline planner, no GPU"),
     "submit": Command("baton.submit", "send a prompt to a coordinator and print the tokens as they come"),
     "explain": Command("baton.explain", "why a request went where it went, from the decision log"),
     "profile": Command(

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from placement.cluster import Cluster, Split
+from placement.cluster import Cluster, NodePool, Split
 from placement.goodput import Estimate, capacity_per_s, estimate, goodput_per_s, keeps_slo
 from placement.plans import (
     ColocatedPlan,
@@ -21,9 +21,9 @@ from placement.plans import (
     seat,
     split_fleet,
 )
-from placement.requests import Requests
+from placement.requests import Requests, Trial
 from placement.simulator import UNLIMITED, Fleet, Links, SplitFleet, Timings, simulate
-from placement.slo import Attainment, Slo, attained
+from placement.slo import Attainment, Slo, attained, trial_at
 from placement.step_table import StepTable
 from placement.workers import Source, WorkerKind, all_splits, worker_kind
 
@@ -48,6 +48,9 @@ class Problem:
     """What must be served; None: whatever the GPUs give."""
     tensor_sizes: tuple[int, ...] | None = None
     max_pipeline: int = 4
+    may_span_nodes: bool = False
+    """Pipelines over several nodes, which the fleet scripts cannot start; tried anyway if nothing fits
+    into one node."""
 
     @property
     def requests(self) -> Requests:
@@ -97,27 +100,21 @@ class Bench:
 
     @cached_property
     def prefill_splits(self) -> list[Split]:
-        pool = self.problem.cluster.prefill
-        return [
-            split
-            for split in self._splits(pool.largest_node, pool.num_gpus)
-            if self.prefill_kind(split) is not None
-        ]
+        return self._splits(self.problem.cluster.prefill, self.prefill_kind)
 
     @cached_property
     def decode_splits(self) -> list[Split]:
-        pool = self.problem.cluster.decode
-        return [
-            split
-            for split in self._splits(pool.largest_node, pool.num_gpus)
-            if self.decode_kind(split) is not None
-        ]
+        return self._splits(self.problem.cluster.decode, self.decode_kind)
 
-    def _splits(self, largest_node: int, num_gpus: int) -> list[Split]:
-        return all_splits(
-            largest_node, num_gpus, tensor_sizes=self.problem.tensor_sizes,
+    def _splits(self, pool: NodePool, kind: Callable[[Split], WorkerKind | None]) -> list[Split]:
+        splits = all_splits(
+            pool.largest_node, pool.num_gpus, tensor_sizes=self.problem.tensor_sizes,
             max_pipeline=self.problem.max_pipeline,
         )  # fmt: skip
+        inside = [s for s in splits if s.num_gpus <= pool.largest_node and kind(s) is not None]
+        if inside and not self.problem.may_span_nodes:
+            return inside
+        return [s for s in splits if kind(s) is not None]
 
     # ── fleets ───────────────────────────────────────────────────────────────────────────────
 
@@ -163,10 +160,11 @@ class Bench:
         rest = range(1, len(self.problem.request_sets))
         return estimate([first, *(self.goodput(fleet, sample, hint=first) for sample in rest)])
 
-    def at_rate(self, fleet: Fleet, rate_per_s: float) -> tuple[Timings, Attainment]:
+    def at_rate(self, fleet: Fleet, rate_per_s: float) -> tuple[Timings, Trial, Attainment]:
         """On the first request set, with the parts of each request's time."""
-        timings = simulate(fleet, self.problem.requests, rate_per_s, with_parts=True)
-        return timings, attained(timings, self.problem.requests, self.problem.slo)
+        trial = trial_at(self.problem.requests, self.problem.slo, rate_per_s)
+        timings = simulate(fleet, trial.requests, rate_per_s, with_parts=True)
+        return timings, trial, attained(timings, trial.counted, self.problem.slo)
 
     # ── phases by themselves ─────────────────────────────────────────────────────────────────
 

@@ -16,7 +16,7 @@ import numpy as np
 from placement.kernels.capacity import prefill_capacity
 from placement.requests import Requests
 from placement.simulator import ColocatedFleet, Fleet, SplitFleet, StopEarly, simulate
-from placement.slo import Slo, attained
+from placement.slo import Slo, attained, trial_at
 
 SCAN = (0.08, 0.25, 0.45, 0.65, 0.85)
 """Shares of the rate that capacity alone would allow."""
@@ -176,7 +176,10 @@ def goodput_per_s(
 
 
 def keeps_slo(fleet: Fleet, requests: Requests, slo: Slo, rate_per_s: float) -> bool:
-    num_counted = len(requests) - requests.num_warm_up
-    stop = StopEarly(slo.ttft_limit_s, slo.tpot_limit_s, int((1 - slo.attainment) * num_counted) + 1)
-    done = simulate(fleet, requests, rate_per_s, stop=stop)
-    return attained(done, requests, slo).both >= slo.attainment
+    trial = trial_at(requests, slo, rate_per_s)
+    stop = StopEarly(
+        slo.ttft_limit_s, slo.tpot_limit_s, trial.first_counted, trial.end_counted,
+        int((1 - slo.attainment) * trial.num_counted) + 1,
+    )  # fmt: skip
+    done = simulate(fleet, trial.requests, rate_per_s, stop=stop)
+    return attained(done, trial.counted, slo).both >= slo.attainment

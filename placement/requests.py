@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 MIN_REQUESTS = 10_000
 """With 300, as DistServe's simulator has them, goodput is about 30 % too high and uncertain by 10 %."""
 WARM_UP_SHARE = 0.1
-"""Of the requests, dropped: they met an empty fleet."""
+"""Of the requests, dropped: they met an empty fleet. More where more than that are under way at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class Requests:
     draw: Ints
     """Decides exact ties in dispatch."""
     name: str = "workload"
+    per_trial: int = MIN_REQUESTS
+    """A simulation takes so many of them, and more when many are under way at once."""
 
     def __post_init__(self) -> None:
         assert len(self.arrival) > 1
@@ -41,25 +43,52 @@ class Requests:
         return len(self.arrival)
 
     @property
-    def num_warm_up(self) -> int:
-        return int(len(self) * WARM_UP_SHARE)
+    def mean_output_tokens(self) -> float:
+        return float(self.num_output_tokens.mean())
 
     @property
     def max_prompt_tokens(self) -> int:
         return int(self.num_prompt_tokens.max())
 
+    def for_trial(self, num_under_way: float) -> Trial:
+        """`num_under_way`: requests in the fleet at once. As many more requests are taken, so that neither
+        the filling at the start nor the emptying at the end is counted."""
+        count = min(len(self), int(self.per_trial + 2.5 * num_under_way))
+        first = int(max(WARM_UP_SHARE * count, min(1.2 * num_under_way, 0.4 * count)))
+        last = count - int(min(num_under_way, 0.3 * count))
+        return Trial(self.first(count), first, last)
+
     def first(self, count: int) -> Requests:
+        if count >= len(self):
+            return self
         part = slice(0, count)
         return Requests(
             self.arrival[part], self.num_prompt_tokens[part], self.num_cached_tokens[part],
-            self.num_output_tokens[part], self.draw[part], self.name,
+            self.num_output_tokens[part], self.draw[part], self.name, self.per_trial,
         )  # fmt: skip
 
     def only(self, mask: npt.NDArray[np.bool_]) -> Requests:
         return Requests(
             self.arrival[mask], self.num_prompt_tokens[mask], self.num_cached_tokens[mask],
-            self.num_output_tokens[mask], self.draw[mask], self.name,
+            self.num_output_tokens[mask], self.draw[mask], self.name, self.per_trial,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Requests of one simulation, and which of them count."""
+
+    requests: Requests
+    first_counted: int
+    end_counted: int
+
+    @property
+    def counted(self) -> slice:
+        return slice(self.first_counted, self.end_counted)
+
+    @property
+    def num_counted(self) -> int:
+        return self.end_counted - self.first_counted
 
 
 def make_requests(
@@ -70,6 +99,7 @@ def make_requests(
     num_cached_tokens: Ints | None = None,
     seed: int = 0,
     name: str = "workload",
+    per_trial: int = MIN_REQUESTS,
 ) -> Requests:
     """`gaps` between arrivals in any unit; they are scaled to a mean of one second."""
     count = len(num_prompt_tokens)
@@ -82,4 +112,5 @@ def make_requests(
         num_output_tokens=np.ascontiguousarray(num_output_tokens, np.int64),
         draw=np.random.default_rng([seed, 7]).integers(0, 2**48, count),
         name=name,
+        per_trial=per_trial,
     )

@@ -94,7 +94,7 @@ class Timings:
     parts_s: dict[str, Floats] = field(default_factory=dict)
     """Where the time went; see `simulate`."""
     busy_share: dict[str, float] = field(default_factory=dict)
-    """By phase: busy seconds over seconds of all its workers, while requests arrived."""
+    """By phase: the share of the run in which a worker was computing."""
 
 
 def fits(fleet: Fleet, requests: Requests) -> npt.NDArray[np.bool_]:
@@ -111,6 +111,8 @@ class StopEarly:
 
     ttft_limit_s: float
     tpot_limit_s: float
+    first_counted: int
+    end_counted: int
     max_failures: int
 
 
@@ -141,13 +143,14 @@ def _simulate(
     fleet: Fleet, requests: Requests, rate_per_s: float, with_parts: bool, stop: StopEarly | None
 ) -> Timings:
     arrival = requests.arrival / rate_per_s
-    span_s = float(arrival[-1] - arrival[0]) or 1.0
     prompt, cached, output = (
         requests.num_prompt_tokens, requests.num_cached_tokens, requests.num_output_tokens,
     )  # fmt: skip
-    limits = (np.inf, np.inf, 0, len(requests))
+    limits = (np.inf, np.inf, 0, len(requests), len(requests))
     if stop is not None:
-        limits = (stop.ttft_limit_s, stop.tpot_limit_s, requests.num_warm_up, stop.max_failures)
+        limits = (
+            stop.ttft_limit_s, stop.tpot_limit_s, stop.first_counted, stop.end_counted, stop.max_failures,
+        )  # fmt: skip
     if isinstance(fleet, ColocatedFleet):
         mixed = fleet.mixed
         grid, terms = (mixed.tokens, mixed.terms) if mixed else (np.array([1.0, 2.0]), np.zeros((3, 2, 2)))
@@ -159,7 +162,7 @@ def _simulate(
         )  # fmt: skip
         started, first, ended = times
         parts = {"queue": started - arrival, "prefill": first - started} if with_parts else {}
-        share = {"colocated": float(busy.sum()) / (span_s * fleet.num_workers)}
+        share = {"colocated": float(busy.mean()) / _span_s(arrival, ended)}
     else:
         links = fleet.links
         times, busy = simulate_split(
@@ -179,9 +182,14 @@ def _simulate(
                 "room": assigned - first, "link": landed - assigned,
             }  # fmt: skip
         share = {
-            "prefill": float(busy[: fleet.num_prefill].sum()) / (span_s * fleet.num_prefill),
-            "decode": float(busy[fleet.num_prefill :].sum()) / (span_s * fleet.num_decode),
+            "prefill": float(busy[: fleet.num_prefill].mean()) / _span_s(arrival, first),
+            "decode": float(busy[fleet.num_prefill :].mean()) / _span_s(arrival, ended),
         }
     with np.errstate(invalid="ignore"):  # never started: inf - inf is no time that keeps a limit
         tpot_s = (ended - first) / np.maximum(1, output - 1)
     return Timings(first - arrival, tpot_s, parts, share)
+
+
+def _span_s(arrival: Floats, ended: Floats) -> float:
+    last = ended[np.isfinite(ended)]
+    return max(1e-9, float(last.max() - arrival[0])) if len(last) else float("inf")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from placement.requests import Requests
+from placement.requests import Requests, Trial
 from placement.simulator import Timings
 
 
@@ -57,9 +57,16 @@ class Attainment:
     tpot: float
 
 
-def attained(timings: Timings, requests: Requests, slo: Slo) -> Attainment:
-    """After the warm-up. `both` is joint, per request; the other two are for reading."""
-    counted = slice(requests.num_warm_up, None)
+def trial_at(requests: Requests, slo: Slo, rate_per_s: float) -> Trial:
+    """Enough requests for this rate: at most as many are under way as arrive while one that just keeps
+    the TPOT is decoded."""
+    if slo.tpot_s is None:
+        return requests.for_trial(0.0)
+    return requests.for_trial(rate_per_s * slo.tpot_s * requests.mean_output_tokens)
+
+
+def attained(timings: Timings, counted: slice, slo: Slo) -> Attainment:
+    """`both` is joint, per request; the other two are for reading."""
     in_ttft = timings.ttft_s[counted] <= slo.ttft_limit_s
     in_tpot = timings.tpot_s[counted] <= slo.tpot_limit_s
     if math.isinf(slo.ttft_limit_s):

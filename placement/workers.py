@@ -12,15 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from baton.step_time import (
-    GpuSpec,
-    ModelShape,
-    StepTime,
-    UnsupportedShape,
-    kv_tokens_that_fit,
-    prefill_pairs,
-    roofline,
-)
+from baton.step_time import StepTime, prefill_pairs
 from placement.cluster import Split
 from placement.step_table import MixedTable, StepTable, tabulate, tabulate_mixed
 
@@ -50,36 +42,6 @@ class Source(Protocol):
 
     def kv_tokens(self, split: Split) -> int:
         """Of one worker; 0 when the weights do not fit."""
-
-
-@dataclass(frozen=True, slots=True)
-class RooflineSource:
-    gpu: GpuSpec
-    shape: ModelShape
-
-    @property
-    def name(self) -> str:
-        return f"roofline of {self.shape.name} on {self.gpu.name}"
-
-    @property
-    def kv_bytes_per_token(self) -> float:
-        return self.shape.kv_bytes_per_token
-
-    @property
-    def error_band(self) -> float | None:
-        return self.gpu.error_band
-
-    def step_time(self, split: Split) -> StepTime | None:
-        try:
-            return roofline(self.gpu, self.shape, split.tensor, split.pipeline)
-        except UnsupportedShape:
-            return None
-
-    def kv_tokens(self, split: Split) -> int:
-        try:
-            return kv_tokens_that_fit(self.gpu, self.shape, split.tensor, split.pipeline)
-        except UnsupportedShape:
-            return 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -24,7 +24,7 @@ LAYERS: list[list[str]] = [
         "baton.step_time",
         "baton.handoff",
     ],
-    ["baton.telemetry", "baton.demo_model", "baton.processes", "baton.workload"],
+    ["baton.telemetry", "baton.demo_model", "baton.processes", "baton.workload", "baton.fleet_file"],
     ["baton.wire", "baton.transfer", "baton.policy", "baton.scheduling"],
     ["baton.simulation"],
     ["baton.engine", "baton.client", "baton.replay"],

@@ -35,7 +35,7 @@ def simulate_colocated(
     num_workers: int, kv_tokens: int, max_batch: int, batch_tokens: int, is_chunked: bool,
     prefill_table: Floats, alpha: Floats, beta: Floats,
     mixed_tokens: Floats, mixed_batch: Floats, mixed_terms: Floats,
-    ttft_limit_s: float, tpot_limit_s: float, first_counted: int, max_failures: int,
+    ttft_limit_s: float, tpot_limit_s: float, first_counted: int, end_counted: int, max_failures: int,
 ) -> tuple[Floats, Floats]:  # fmt: skip
     """Times [started, first token, ended] per request, and busy seconds per worker. Ends early as
     `simulate_split` does."""
@@ -89,7 +89,7 @@ def simulate_colocated(
                         head[w] = next_one[j]
                         if doing[w] == _CHUNK:
                             times[1, j] = clock[w]
-                        if j >= first_counted and times[1, j] - arrival[j] > ttft_limit_s:
+                        if first_counted <= j < end_counted and times[1, j] - arrival[j] > ttft_limit_s:
                             num_failed += 1
                         if output[j] <= 1:
                             times[2, j] = times[1, j]
@@ -112,7 +112,7 @@ def simulate_colocated(
                     legs[w] -= 1
                     times[2, j] = clock[w]
                     if (
-                        j >= first_counted
+                        first_counted <= j < end_counted
                         and clock[w] - times[1, j] > tpot_limit_s * (output[j] - 1)
                         and times[1, j] - arrival[j] <= ttft_limit_s
                     ):

@@ -41,7 +41,7 @@ def simulate_split(
     prefill_table: Floats, num_prefill: int, prefill_kv_tokens: int, batch_tokens: int, window_tokens: int,
     alpha: Floats, beta: Floats, num_decode: int, decode_kv_tokens: int, max_batch: int,
     link_kind: Ints, source_node: Ints, target_node: Ints, link_base_s: Floats, link_token_s: Floats,
-    ttft_limit_s: float, tpot_limit_s: float, first_counted: int, max_failures: int,
+    ttft_limit_s: float, tpot_limit_s: float, first_counted: int, end_counted: int, max_failures: int,
 ) -> tuple[Floats, Floats]:  # fmt: skip
     """Times [started, computed (first token), assigned to a decode worker, landed there, ended] per
     request, and busy seconds per worker, prefill workers first. Every request must fit its worker alone. Ends
@@ -122,7 +122,7 @@ def simulate_split(
                 i = fly_head[who]
                 fly_head[who] = next_one[i]
                 p_queued[who] -= prompt[i] - cached[i]
-                if i >= first_counted and now - arrival[i] > ttft_limit_s:
+                if first_counted <= i < end_counted and now - arrival[i] > ttft_limit_s:
                     num_failed += 1
                 if output[i] <= 1:
                     p_free[who] += prompt[i]
@@ -177,7 +177,7 @@ def simulate_split(
                 b -= 1
                 ended[i] = now
                 if (
-                    i >= first_counted
+                    first_counted <= i < end_counted
                     and now - computed[i] > tpot_limit_s * (output[i] - 1)
                     and computed[i] - arrival[i] <= ttft_limit_s
                 ):
