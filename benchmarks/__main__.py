@@ -13,11 +13,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from benchmarks import door, e2e, machine, peers
+from benchmarks import door, e2e, machine, peers, routing
 from benchmarks.figures import Report
 from benchmarks.layout import PEERS, RESULTS
 from benchmarks.load import LoadFailed, compile_tools
 from benchmarks.servers import NotReady
+from benchmarks.trace_load import RequestsFailed
+
+PEERS_OF = {"door": peers.ALL, "e2e": (peers.VLLM_ROUTER,), "routing": (peers.DYNAMO,)}
 
 EXIT_NOT_READY = 3
 EXIT_BAR_MISSED = 4
@@ -25,9 +28,11 @@ EXIT_BAR_MISSED = 4
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench.sh", description="Baton beside its peers.")
-    parser.add_argument("name", choices=["door", "e2e"])
+    parser.add_argument("name", choices=["door", "e2e", "routing"])
     parser.add_argument("--quick", action="store_true", help="one short repeat: a check that everything runs")
-    parser.add_argument("--repeats", type=int, metavar="N", help="repeats per row (door) or rounds (e2e)")
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help="repeats per row (door, routing) or rounds (e2e)"
+    )
     parser.add_argument("--rows", metavar="A,B", help="only rows whose names start so")
     parser.add_argument("--peers-only", action="store_true", help="leave Baton out")
     parser.add_argument("--json", action="store_true", help="one JSON object per figure instead of a table")
@@ -52,17 +57,21 @@ def only_run_on_this_machine() -> Iterator[None]:
 
 
 def _run(options: argparse.Namespace, rows: list[str] | None, argv: list[str] | None) -> int:
-    compile_tools()
-    for peer in peers.ALL if options.name == "door" else (peers.VLLM_ROUTER,):
+    for peer in PEERS_OF[options.name]:
         peer.install()
     try:
-        if options.name == "door":
+        if options.name == "routing":
+            parts = routing.QUICK if options.quick else routing.FULL
+            report = routing.run(parts, repeats=options.repeats, rows=rows)
+        elif options.name == "door":
+            compile_tools()
             effort = door.QUICK if options.quick else door.FULL
             report = door.run(effort, repeats=options.repeats, has_baton=not options.peers_only, rows=rows)
         else:
+            compile_tools()
             plan = e2e.QUICK if options.quick else e2e.FULL
             report = e2e.run(plan, rounds=options.repeats, has_baton=not options.peers_only, rows=rows)
-    except (NotReady, LoadFailed) as error:
+    except (NotReady, LoadFailed, RequestsFailed) as error:
         print(f"bench: {error}", file=sys.stderr)
         return EXIT_NOT_READY
     if options.quick:

@@ -9,9 +9,9 @@ or nothing of it (miss). As many decode workers as prefill workers stand beside 
 With a peer, Dynamo's `SelectionService.select` (one choice, not two) answers in its own process in
 turns with ours, cell by cell, repeat by repeat; CPU is that of all threads of the process. `packed`
 is what the live coordinator holds (four bytes per token), `list` starts from a Python list as the
-peer's binding does. One JSON object per figure: name, value, unit, bar, holds. The bars: at most
+peer's binding does. The bars: at most
 half the peer's CPU in every cell, and p99 at most 1 ms at 256 workers and 60,000 tokens in blocks
-of 16. Exit status 4 if a bar is missed.
+of 16. Exit status 4 if a bar is missed. Rows `decision` of `bench.sh routing`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,18 @@ from baton.policy import registry
 from baton.policy.base import RequestFacts
 from baton.policy.expectations import Expectations
 from baton.policy.hotspot import HotspotGuard
-from baton.policy.kv_index import BYTES_PER_BLOCK, KvIndex
+from baton.policy.kv_index import KvIndex
 from baton.policy.ledger import Ledger, Pool
 from baton.policy.router import Router
-from benchmarks.samples import percentile, spread
+from benchmarks.figures import Bar, Figure, Report
+from benchmarks.samples import paired_ratios, percentile, spread
 
 EXIT_BAR_MISSED = 4
 MAX_SHARE_OF_PEER = 0.5
 MAX_P99_US = 1000.0
-CELLS = [(workers, blocks) for workers in (16, 256, 1024) for blocks in (64, 512)]
+Cells = Sequence[tuple[int, int]]
+DYNAMO = "dynamo SelectionService"
+CELLS: Cells = [(workers, blocks) for workers in (16, 256, 1024) for blocks in (64, 512)]
 BLOCK = 64
 LONG = (256, 16, 3750)
 """Workers, block size, blocks: 60,000 tokens."""
@@ -180,46 +183,38 @@ class Peer:
         self._process.wait(timeout=20)
 
 
-class Figures:
-    def __init__(self) -> None:
-        self.num_missed = 0
-
-    def add(self, name: str, values: list[float], unit: str, bar: float | None = None, **more: float) -> None:
-        found = spread(values)
-        holds = None if bar is None else found.median <= bar
-        self.num_missed += holds is False
-        line = {
-            "name": name,
-            "value": round(found.median, 2),
-            "unit": unit,
-            "bar": None if bar is None else round(bar, 2),
-            "holds": holds,
-            "low": round(found.low, 2),
-            "high": round(found.high, 2),
-            "repeats": found.num_repeats,
-            **{key: round(value, 2) for key, value in more.items()},
-        }
-        print(json.dumps(line), flush=True)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.routing_decision")
-    parser.add_argument("--peer-python", metavar="PATH", help="an interpreter with ai-dynamo-runtime")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=400, help="decisions per repeat (the peer: a quarter)")
-    options = parser.parse_args(argv)
-    figures = Figures()
-    peer = Peer(options.peer_python) if options.peer_python else None
-    for num_workers, num_blocks in CELLS:
-        _cell(figures, num_workers, num_blocks, peer, options.repeats, options.calls)
+def measure(
+    report: Report, peer_python: str | None, *, repeats: int, calls: int, cells: Cells = CELLS
+) -> None:
+    """`calls`: decisions per repeat; the peer makes a quarter of them."""
+    peer = Peer(peer_python) if peer_python else None
+    for num_workers, num_blocks in cells:
+        _cell(report, num_workers, num_blocks, peer, repeats, calls)
     if peer is not None:
         peer.close()
-    _long(figures, options.repeats, max(1000, options.calls))
-    return EXIT_BAR_MISSED if figures.num_missed else 0
+    _long(report, repeats, max(1000, calls))
+
+
+def _add(
+    report: Report,
+    row: str,
+    subject: str,
+    values: list[float],
+    unit: str,
+    *,
+    bar: float | None = None,
+    note: str = "",
+) -> None:
+    report.figures.append(
+        Figure(
+            row=row, subject=subject, unit=unit, spread=spread(values), note=note,
+            bar=None if bar is None else Bar("<=", bar),
+        )
+    )  # fmt: skip
 
 
 def _cell(
-    figures: Figures, num_workers: int, num_blocks: int, peer: Peer | None, repeats: int, calls: int
+    report: Report, num_workers: int, num_blocks: int, peer: Peer | None, repeats: int, calls: int
 ) -> None:
     subject = Subject(num_workers, BLOCK, num_blocks)
     if peer is not None:
@@ -233,27 +228,22 @@ def _cell(
             from_list.append(subject.cost(tokens, max(50, calls // 4), is_list=True))
             if peer is not None:
                 theirs.append(peer.ask({"select": max(25, calls // 4), "is_hit": kind == "hit"}))
-        cell = f"{num_workers}w_{num_blocks}b_{kind}"
-        bar = None
+        row = f"decision_cpu {num_workers} workers, {num_blocks} blocks, {kind}"
         if theirs:
-            cpus = [answer["cpu_us"] for answer in theirs]
-            figures.add(
-                f"dynamo_select_cpu_{cell}", cpus, "us", p50=spread([a["p50_us"] for a in theirs]).median
-            )
-            bar = MAX_SHARE_OF_PEER * spread(cpus).median
+            p50 = spread([answer["p50_us"] for answer in theirs]).median
+            _add(report, row, DYNAMO, [answer["cpu_us"] for answer in theirs], "us", note=f"p50 {p50:.0f} us")
         for name, costs in (("packed", ours), ("list", from_list)):
-            figures.add(
-                f"decision_cpu_{cell}_{name}",
-                [cost.cpu_us for cost in costs],
-                "us",
-                bar,
-                p50=spread([cost.p50_us for cost in costs]).median,
-                p99=spread([cost.p99_us for cost in costs]).median,
-            )
-    figures.add(f"after_decision_cpu_{num_workers}w_{num_blocks}b", [subject.cost_after(100)], "us")
+            p50, p99 = (spread([getattr(c, f"{p}_us") for c in costs]).median for p in ("p50", "p99"))
+            cpus = [cost.cpu_us for cost in costs]
+            _add(report, row, f"baton, {name}", cpus, "us", note=f"p50 {p50:.0f}, p99 {p99:.0f} us")
+            if theirs:
+                ratios = paired_ratios(cpus, [answer["cpu_us"] for answer in theirs])
+                _add(report, row, f"baton, {name} / {DYNAMO}", ratios, "x", bar=MAX_SHARE_OF_PEER)
+    size = f"{num_workers} workers, {num_blocks} blocks"
+    _add(report, f"after_decision_cpu {size}", "baton", [subject.cost_after(100)], "us")
     subject = Subject(num_workers, BLOCK, num_blocks, is_ragged=True)
     ragged = [subject.cost(subject.hit, calls, is_list=False).cpu_us for _ in range(repeats)]
-    figures.add(f"decision_cpu_{num_workers}w_{num_blocks}b_ragged_packed", ragged, "us")
+    _add(report, f"decision_cpu {size}, every worker another length", "baton, packed", ragged, "us")
 
 
 def _event_costs() -> tuple[list[float], list[float]]:
@@ -276,20 +266,42 @@ def _event_costs() -> tuple[list[float], list[float]]:
     return stored, removed
 
 
-def _long(figures: Figures, repeats: int, calls: int) -> None:
+def _long(report: Report, repeats: int, calls: int) -> None:
     num_workers, block_size, num_blocks = LONG
     subject = Subject(num_workers, block_size, num_blocks)
     for kind, tokens in (("hit", subject.hit), ("miss", subject.miss)):
         costs = [subject.cost(tokens, calls, is_list=False) for _ in range(repeats)]
-        figures.add(f"decision_cpu_60k_{kind}", [cost.cpu_us for cost in costs], "us")
-        figures.add(f"decision_p99_60k_{kind}", [cost.p99_us for cost in costs], "us", MAX_P99_US)
-        figures.add(f"decision_cpu_p99_60k_{kind}", [cost.cpu_p99_us for cost in costs], "us", MAX_P99_US)
-    figures.add("after_decision_cpu_60k", [subject.cost_after(100)], "us")
-    figures.add("index_cpu_per_block_held_elsewhere", [subject.stored_us_per_block], "us")
+        row = f"{num_workers} workers, 60k tokens in blocks of {block_size}, {kind}"
+        _add(report, f"decision_cpu {row}", "baton", [cost.cpu_us for cost in costs], "us")
+        _add(
+            report,
+            f"decision_p99 {row}",
+            "baton, wall",
+            [cost.p99_us for cost in costs],
+            "us",
+            bar=MAX_P99_US,
+        )
+        _add(
+            report, f"decision_p99 {row}", "baton, cpu", [cost.cpu_p99_us for cost in costs], "us",
+            bar=MAX_P99_US, note="without what others took from this core",
+        )  # fmt: skip
+    _add(report, "after_decision_cpu 60k tokens", "baton", [subject.cost_after(100)], "us")
     stored_us, removed_us = _event_costs()
-    figures.add("index_cpu_per_new_block", stored_us, "us")
-    figures.add("index_cpu_per_removed_block", removed_us, "us")
-    figures.add("index_bytes_per_block", [float(BYTES_PER_BLOCK)], "bytes")
+    _add(report, "index_cpu_per_block", "held elsewhere already", [subject.stored_us_per_block], "us")
+    _add(report, "index_cpu_per_block", "new", stored_us, "us")
+    _add(report, "index_cpu_per_block", "removed", removed_us, "us")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.routing_decision")
+    parser.add_argument("--peer-python", metavar="PATH", help="an interpreter with ai-dynamo-runtime")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=400, help="decisions per repeat (the peer: a quarter)")
+    options = parser.parse_args(argv)
+    report = Report("routing")
+    measure(report, options.peer_python, repeats=options.repeats, calls=options.calls)
+    print(report.table())
+    return EXIT_BAR_MISSED if report.missed else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""`bench.sh routing`: what routing costs, whether it balances, and what it is worth.
+
+    decision   one decision beside Dynamo's, in turns in the same run           routing_decision
+    memory     resident memory under unique prefixes and changing workers       routing_memory
+    balance    shares of work, real coordinator and simulated engines           routing_balance
+    live       hits and times to first token on real vLLM engines               routing_live
+
+`--rows` takes the beginnings of these names. Each part is quiet-checked before it starts.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks import peers, routing_balance, routing_decision, routing_live, routing_memory
+from benchmarks.cpu_time import quiet_check
+from benchmarks.figures import Report
+
+Part = Callable[[Report], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    decision_repeats: int
+    decision_calls: int
+    decision_cells: routing_decision.Cells
+    memory_requests: int
+    is_memory_judged: bool
+    balance_repeats: int
+    live: routing_live.Plan | None
+
+
+FULL = Plan(
+    decision_repeats=5,
+    decision_calls=400,
+    decision_cells=routing_decision.CELLS,
+    memory_requests=500_000,
+    is_memory_judged=True,
+    balance_repeats=3,
+    live=routing_live.FULL,
+)
+QUICK = Plan(
+    decision_repeats=1,
+    decision_calls=100,
+    decision_cells=[(16, 64), (256, 64)],
+    memory_requests=10_000,
+    is_memory_judged=False,
+    balance_repeats=1,
+    live=None,
+)
+
+
+def run(plan: Plan, *, repeats: int | None, rows: Sequence[str] | None) -> Report:
+    """`repeats` overrides those of decisions and balance, and the rounds of the live part."""
+    live = plan.live
+    if live is not None and repeats is not None:
+        live = routing_live.Plan(rounds=repeats, num_sessions=live.num_sessions)
+    parts: dict[str, Part | None] = {
+        "decision": lambda report: routing_decision.measure(
+            report,
+            str(peers.DYNAMO.python),
+            repeats=repeats or plan.decision_repeats,
+            calls=plan.decision_calls,
+            cells=plan.decision_cells,
+        ),
+        "memory": lambda report: routing_memory.measure(
+            report, num_requests=plan.memory_requests, is_judged=plan.is_memory_judged
+        ),
+        "balance": lambda report: routing_balance.measure(report, repeats=repeats or plan.balance_repeats),
+        "live": None if live is None else lambda report: routing_live.measure(report, live),
+    }
+    report = Report("routing")
+    for name, part in parts.items():
+        if rows is not None and not any(name.startswith(row) for row in rows):
+            continue
+        if part is None:
+            report.remarks.append(f"{name}: left out of a quick run, it needs real engines.")
+            continue
+        report.busy_before[name] = quiet_check()
+        start_s = time.monotonic()
+        part(report)
+        print(f"routing: {name} took {time.monotonic() - start_s:.0f} s", file=sys.stderr, flush=True)
+    return report
