@@ -13,14 +13,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from benchmarks import door, e2e, machine, peers, routing
+from benchmarks import door, e2e, machine, peers, routing, twin_fidelity
 from benchmarks.figures import Report
 from benchmarks.layout import PEERS, RESULTS
 from benchmarks.load import LoadFailed, compile_tools
 from benchmarks.servers import NotReady
 from benchmarks.trace_load import RequestsFailed
 
-PEERS_OF = {"door": peers.ALL, "e2e": (peers.VLLM_ROUTER,), "routing": (peers.DYNAMO,)}
+PEERS_OF = {"door": peers.ALL, "e2e": (peers.VLLM_ROUTER,), "routing": (peers.DYNAMO,), "twin": ()}
 
 EXIT_NOT_READY = 3
 EXIT_BAR_MISSED = 4
@@ -28,10 +28,10 @@ EXIT_BAR_MISSED = 4
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench.sh", description="Baton beside its peers.")
-    parser.add_argument("name", choices=["door", "e2e", "routing"])
+    parser.add_argument("name", choices=["door", "e2e", "routing", "twin"])
     parser.add_argument("--quick", action="store_true", help="one short repeat: a check that everything runs")
     parser.add_argument(
-        "--repeats", type=int, metavar="N", help="repeats per row (door, routing) or rounds (e2e)"
+        "--repeats", type=int, metavar="N", help="repeats per row (door, routing, twin) or rounds (e2e)"
     )
     parser.add_argument("--rows", metavar="A,B", help="only rows whose names start so")
     parser.add_argument("--peers-only", action="store_true", help="leave Baton out")
@@ -63,6 +63,9 @@ def _run(options: argparse.Namespace, rows: list[str] | None, argv: list[str] | 
         if options.name == "routing":
             parts = routing.QUICK if options.quick else routing.FULL
             report = routing.run(parts, repeats=options.repeats, rows=rows)
+        elif options.name == "twin":
+            twin = twin_fidelity.QUICK if options.quick else twin_fidelity.FULL
+            report = twin_fidelity.run(twin, repeats=options.repeats, rows=rows)
         elif options.name == "door":
             compile_tools()
             effort = door.QUICK if options.quick else door.FULL

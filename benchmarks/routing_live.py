@@ -38,12 +38,12 @@ FULL = Plan(rounds=5, num_sessions=14)
 def sessions(plan: Plan) -> Trace:
     return SessionWorkload(
         num_sessions=plan.num_sessions,
-        session_rate_per_s=2.0,
+        session_rate_per_s=1.0,
         num_apps=3,
         system_prompt=parse_lengths("uniform:500,900"),
-        question=parse_lengths("lognormal:200,0.7,max=600"),
+        question=parse_lengths("lognormal:500,0.5,max=1000"),
         answer=parse_lengths("uniform:8,24"),
-        mean_turns=5.0,
+        mean_turns=4.0,
         mean_think_s=0.4,
         max_model_len=4000,
         block_size_tokens=BLOCK,
