@@ -113,7 +113,7 @@ async def _play(
 
 def _chains(trace: Trace, loop: Loop) -> list[list[int]]:
     """Requests that wait for one another."""
-    if loop == "open":
+    if loop == "open" or (loop == "closed" and not len(trace.session_ids)):
         return [[position] for position in range(len(trace))]
     if loop == "one at a time":
         return [list(range(len(trace)))]
