@@ -205,7 +205,8 @@ class Dispatch:
         if hits is not None and prefill is not None:
             num_hit_tokens = hits.tokens_by_slot.item(prefill.slot)
         if prefill is not None:
-            request.predicted_hit_tokens = None if hits is None else num_hit_tokens
+            is_known = hits is not None and self.prefixes.is_told_by(prefill.worker_id)
+            request.predicted_hit_tokens = num_hit_tokens if is_known else None
             request.is_alone = not prefill.num_waiting
         num_uncached = facts.num_prompt_tokens - num_hit_tokens
         if prefill is not None and prefill is not decode:

@@ -45,6 +45,10 @@ class FleetPrefixes:
         """Of memory, estimated."""
         return self._index.num_bytes if self._index is not None else 0
 
+    def is_told_by(self, worker_id: str) -> bool:
+        """Whether this worker tells what it holds."""
+        return worker_id in self._publishers
+
     def counts(self) -> dict[str, float]:
         """Since the first of the publishers that are registered now; empty without one."""
         if self._index is None or self._feeds is None or self._guard is None:

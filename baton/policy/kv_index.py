@@ -140,6 +140,9 @@ class KvIndex:
         assert slot not in self._bit_of_slot, slot
         self._assign_bit(slot)
 
+    def is_open(self, slot: int) -> bool:
+        return slot in self._bit_of_slot
+
     def close(self, slot: int) -> None:
         bit = self._bit_of_slot.pop(slot, None)
         if bit is not None:

@@ -226,12 +226,16 @@ class Router:
             self._guard.observe(
                 hits.prompt, unguarded.candidates, unguarded.position, self._index.hasher.block_size_tokens
             )
-        if self._expectations is not None:
-            self._expectations.expect(handoff_id, choice.slot, hits.prompt, choice.candidates.now_s)
+        self._expect(handoff_id, choice.slot, hits, choice.candidates.now_s)
 
     def computes(self, handoff_id: str, slot: int, hits: KnownHits | None, now_s: float) -> None:
         """As `committed` for a prompt that its decode worker will compute."""
-        if hits is not None and self._expectations is not None:
+        if hits is not None:
+            self._expect(handoff_id, slot, hits, now_s)
+
+    def _expect(self, handoff_id: str, slot: int, hits: KnownHits, now_s: float) -> None:
+        # Whoever never tells what it stored is not known to store anything.
+        if self._expectations is not None and self._index is not None and self._index.is_open(slot):
             self._expectations.expect(handoff_id, slot, hits.prompt, now_s)
 
     def leg_ended(self, handoff_id: str) -> None:

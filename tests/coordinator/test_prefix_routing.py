@@ -95,6 +95,23 @@ def test_without_events_nothing_is_predicted_or_hashed(bench):
     assert bench.core.prefixes.counts() == {}
 
 
+def test_of_a_worker_that_tells_nothing_nothing_is_predicted(make_bench):
+    """
+    1. p0 tells, p1 does not; p0 is busy, so the prompt goes to p1, twice
+    2. neither is a prediction: p1 may keep no prefixes at all
+    """
+    bench = make_bench()
+    bench.add("p0", P, has_kv_events=True)
+    bench.add("p1", P)
+    bench.add("d0", D)
+    bench.worker("p0").account.commit("busy", num_queued_tokens=5000, num_blocks=1)
+    for name in ("r1", "r2"):
+        worker_id, handoff_id = prefill(bench, name)
+        assert worker_id == "p1"
+        assert bench.core._legs[handoff_id].predicted_hit_tokens is None
+    assert bench.worker("p1").account.num_queued_tokens == 2 * 161
+
+
 def test_prompt_logprobs_make_the_engine_compute_all_of_it(fleet):
     fleet.kv_events("p2", 0, stored(PROMPT, 10))
     worker_id, handoff_id = prefill(fleet, "r1", prompt_logprobs=1)
