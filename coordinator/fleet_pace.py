@@ -26,7 +26,8 @@ STEPS_PER_MEASUREMENT = 8
 MANY_MEASURED = 256
 REQUESTS_PER_MEASUREMENT = 4
 """Once there are many."""
-MAX_BETWEEN_FITS = 512
+BETWEEN_LOOKS, MAX_BETWEEN_FITS = 4, 512
+"""Measurements between two looks whether the pace can be known, and at most between two fits."""
 
 
 class StepClock:
@@ -91,8 +92,11 @@ class FleetPace:
             return self._given
         num_added = self._prefill.num_added + self._handoff.num_added
         if num_added >= self._next_fit_at:
-            self._next_fit_at = num_added + min(MAX_BETWEEN_FITS, max(MIN_MEASURED, num_added // 2))
             self._pace = self._fit()
+            is_known = self._pace is not None
+            self._next_fit_at = num_added + (
+                min(MAX_BETWEEN_FITS, max(MIN_MEASURED, num_added // 4)) if is_known else BETWEEN_LOOKS
+            )
         return self._pace
 
     def _fit(self) -> Pace | None:
