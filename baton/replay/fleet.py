@@ -86,7 +86,9 @@ class Fleet:
             if has_events:
                 self.feeds.joined(account.slot, BOOT_ID)
         self.by_slot = {member.account.slot: member for member in self.members}
-        policy = by_name(settings.prefill_policy)
+        policy = settings.prefill_policy
+        if isinstance(policy, str):
+            policy = by_name(policy)
         self.router = Router(
             self.ledger,
             pools["prefill"],

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from baton.policy.base import Policy
 from baton.simulation import SimulatedWorkerSettings
 from baton.step_time import KvLink, StepTime
 
@@ -46,8 +47,9 @@ class ReplaySettings:
     """Of every worker; `blocks_per_hash` and the switches for cache and events are set by the replay."""
     prefill_time: StepTime
     decode_time: StepTime
-    prefill_policy: str = "lmetric"
-    """Also ranks the workers of a colocated fleet."""
+    prefill_policy: str | Policy = "lmetric"
+    """A name, or an object without memory (it is shared by all replays of these settings). Also ranks the
+    workers of a colocated fleet."""
     decode_policy: str = "smallest-batch"
     link: KvLink | None = None
     """None: KV moves in no time."""
