@@ -61,7 +61,7 @@ class Effort:
 
 
 ALL_POLICIES = (*(name for name in registry.NAMES if name not in (*DECODE_ONLY, "linear")), *LINEAR)
-FULL = Effort(num_requests=3000, num_seeds=5, num_sessions=1000, policies=ALL_POLICIES)
+FULL = Effort(num_requests=2000, num_seeds=5, num_sessions=400, policies=ALL_POLICIES)
 QUICK = Effort(
     num_requests=400, num_seeds=2, num_sessions=150, policies=(PRODUCT, "p-token", "round-robin", "vllm")
 )
@@ -302,7 +302,7 @@ def peak_batch_share(result: ReplayResult, start_s: float, end_s: float) -> floa
     worst = 0.0
     for at in np.argsort(times, kind="stable"):
         batches[workers[at]] += changes[at]
-        if start_s <= times[at] <= end_s:
+        if start_s <= times[at] <= end_s and batches.any():
             worst = max(worst, float(batches.max() / batches.mean()))
     return worst
 

@@ -29,7 +29,7 @@ def settings(fleet: str = "2P2D", *, num_blocks: int = 4_000, block: int = 16, *
     )
 
 
-def sessions(num_sessions: int = 60, rate_per_s: float = 4.0, seed: int = 1) -> Trace:
+def sessions(num_sessions: int = 30, rate_per_s: float = 4.0, seed: int = 1) -> Trace:
     return SessionWorkload(num_sessions=num_sessions, session_rate_per_s=rate_per_s).generate(seed=seed)
 
 
