@@ -8,9 +8,11 @@ import pytest
 
 from baton.settings import SettingsError
 from baton.step_time.base import StepWork, prefill_pairs
+from baton.step_time.profile import LinkFit, save_profile
 from coordinator.fleet_pace import MIN_MEASURED, STEPS_PER_MEASUREMENT, FleetPace
 from coordinator.given_pace import given_pace
 from coordinator.settings import CoordinatorSettings
+from tests.step_time.test_profile import DECODE, PREFILL, profile
 
 
 def learn(pace: FleetPace, rng: random.Random, *, lengths=(100, 2000), num: int = 200) -> None:
@@ -66,11 +68,26 @@ def test_a_given_pace_is_known_at_once():
     assert given_pace("H100:Llama-3.1-8B:2").prefill.step_s(prompt) < given.prefill.step_s(prompt)
 
 
+def test_a_measured_profile_is_a_pace(tmp_path):
+    path = tmp_path / "profile.json"
+    save_profile(profile(link=LinkFit(bytes_per_s=1e9, latency_s=0.003)), path)
+    given = given_pace(str(path))
+    prompt = StepWork(num_prefill_tokens=512, num_prefill_pairs=prefill_pairs(512))
+    assert given.prefill.step_s(prompt) == pytest.approx(PREFILL.step_s(prompt))
+    one = StepWork(num_decodes=1, num_context_tokens=1)
+    assert given.handoff_s == pytest.approx(0.003 + DECODE.step_s(one))
+    assert given.handoff_per_byte_s == pytest.approx(1e-9)
+    save_profile(profile(), path)
+    with pytest.raises(ValueError, match="holds no hand-offs"):
+        given_pace(str(path))
+
+
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ("H100", "is not GPU:MODEL"),
-        ("H100:", "is not GPU:MODEL"),
+        ("H100", "is neither PROFILE.json nor GPU:MODEL"),
+        ("H100:", "is neither PROFILE.json nor GPU:MODEL"),
+        ("nowhere.json", "cannot read the profile nowhere.json"),
         ("T1000:Llama-3.1-8B", "T1000"),
         ("H100:nobody/knows", "nobody/knows"),
         ("H100:Llama-3.1-8B:two", "'two' is no tensor-parallel size"),
