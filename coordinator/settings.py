@@ -53,8 +53,8 @@ class CoordinatorSettings:
     )
     step_time: str | None = option(
         None,
-        "the fleet's speed, for `stay or go`: a file of `baton profile`, or GPU:MODEL[:TP] for the roofline of "
-        "a GPU and a model folder or shipped shape; absent: learnt from what workers report",
+        "the fleet's speed, for `stay or go`: a file of `baton profile`, or GPU:MODEL[:TP] for the roofline "
+        "of a GPU and a model folder or shipped shape; absent: learnt from what workers report",
         metavar="PROFILE",
     )
     decision_log: str | None = option(
