@@ -13,14 +13,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from benchmarks import door, e2e, machine, peers, routing, twin_fidelity
+from benchmarks import door, e2e, handoff, machine, peers, routing, twin_fidelity
 from benchmarks.figures import Report
 from benchmarks.layout import PEERS, RESULTS
 from benchmarks.load import LoadFailed, compile_tools
 from benchmarks.servers import NotReady
 from benchmarks.trace_load import RequestsFailed
 
-PEERS_OF = {"door": peers.ALL, "e2e": (peers.VLLM_ROUTER,), "routing": (peers.DYNAMO,), "twin": ()}
+PEERS_OF = {
+    "door": peers.ALL,
+    "e2e": (peers.VLLM_ROUTER,),
+    "routing": (peers.DYNAMO,),
+    "twin": (),
+    "handoff": (),
+}
 
 EXIT_NOT_READY = 3
 EXIT_BAR_MISSED = 4
@@ -28,12 +34,15 @@ EXIT_BAR_MISSED = 4
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench.sh", description="Baton beside its peers.")
-    parser.add_argument("name", choices=["door", "e2e", "routing", "twin"])
+    parser.add_argument("name", choices=["door", "e2e", "handoff", "routing", "twin"])
     parser.add_argument("--quick", action="store_true", help="one short repeat: a check that everything runs")
     parser.add_argument(
-        "--repeats", type=int, metavar="N", help="repeats per row (door, routing, twin) or rounds (e2e)"
+        "--repeats",
+        type=int,
+        metavar="N",
+        help="repeats per row (door, handoff, routing, twin) or rounds (e2e)",
     )
-    parser.add_argument("--rows", metavar="A,B", help="only rows whose names start so")
+    parser.add_argument("--rows", metavar="A,B", help="only rows whose names start so; modes (handoff)")
     parser.add_argument("--peers-only", action="store_true", help="leave Baton out")
     parser.add_argument("--json", action="store_true", help="one JSON object per figure instead of a table")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json and .md")
@@ -60,7 +69,10 @@ def _run(options: argparse.Namespace, rows: list[str] | None, argv: list[str] | 
     for peer in PEERS_OF[options.name]:
         peer.install()
     try:
-        if options.name == "routing":
+        if options.name == "handoff":
+            amount = handoff.QUICK if options.quick else handoff.FULL
+            report = handoff.run(amount, repeats=options.repeats, modes=rows)
+        elif options.name == "routing":
             parts = routing.QUICK if options.quick else routing.FULL
             report = routing.run(parts, repeats=options.repeats, rows=rows)
         elif options.name == "twin":

@@ -107,6 +107,9 @@ class StreamWorker(LeasedPullWorker):
         self._given_up: set[str] = set()
         self._timer_s = 0.0
 
+    def _on_write(self, num_layer_blocks: int, took_s: float) -> None:
+        """From the writer's thread: a write was copied at once, in so many seconds."""
+
     # ── set-up ────────────────────────────────────────────────────────────────────────────────
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -137,6 +140,7 @@ class StreamWorker(LeasedPullWorker):
                 self.region_mem_types[0] if self.region_mem_types else self.nixl_memory_type,
                 self._notices,
                 refusal=self._refusal,
+                on_write=self._on_write,
             )
             self._writer.start()
 

@@ -133,7 +133,7 @@ class StreamWriter:
         notices: NoticeSorter,
         *,
         refusal: str | None,
-        on_write: Callable[[int, float], None] | None = None,
+        on_write: Callable[[int, float], None],
     ) -> None:
         """`refusal`: why this engine cannot stream at all; every registration then fails with it."""
         self._agent = agent
@@ -345,7 +345,7 @@ class StreamWriter:
         except Exception as error:  # whatever NIXL throws about this write or its peer
             logger.warning("kv write failed: handoff_id=%s seq=%d %s", key.handoff_id, write.seq, error)
             state = "ERR"
-        if self._on_write is not None and state == "DONE":
+        if state == "DONE":
             self._on_write(len(write.source_blocks) * len(write.layers), time.monotonic() - started_s)
         flight = _InFlight(handle, key, write.seq, is_good=state != "ERR")
         if state == "DONE" and self._let_go(flight):

@@ -102,8 +102,9 @@ def test_the_engine_and_the_connector_use_the_same_keys() -> None:
     arguments = vllm_settings.transfer_arguments(settings)
     assert arguments["kv_connector_module_path"] == nixl_connector.CONNECTOR_MODULE
     assert arguments["kv_connector"] == nixl_connector.CONNECTOR_NAME
+    assert hasattr(nixl_connector, arguments["kv_connector"])
     streaming = vllm_settings.VllmEngineSettings(model="m", role=WorkerRole.DECODE, transfer="stream")
     arguments = vllm_settings.transfer_arguments(streaming)
     assert arguments["kv_connector_module_path"] == nixl_stream_connector.CONNECTOR_MODULE
     assert arguments["kv_connector"] == nixl_stream_connector.CONNECTOR_NAME
-    assert hasattr(nixl_connector, arguments["kv_connector"])
+    assert hasattr(nixl_stream_connector, arguments["kv_connector"])
