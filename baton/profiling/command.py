@@ -10,7 +10,6 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 
 import msgspec
 
@@ -130,7 +129,7 @@ def _fitted(
         kv_tokens=capacity.num_blocks * layout.block_size_tokens,
         max_batch_size=capacity.max_batch_size,
         max_step_tokens=max(step.num_prefill_tokens for step in steps),
-        leg_overhead_s=median(measured.overheads_s),
+        leg_overhead_s=min(measured.overheads_s),
         steps=steps,
         transfers=[],
         fits=fitted.fits,
