@@ -15,6 +15,7 @@ from baton.fleet_file import write_fleet_file
 from baton.settings import SettingsError, load
 from baton.step_time import ModelShape, UnsupportedShape, load_shape
 from baton.workload import WorkloadError
+from placement import validate_command
 from placement.cluster import Cluster, ClusterError, parse_cluster
 from placement.evaluation import Bench, Problem
 from placement.fleet import NotLaunchable, fleet_file
@@ -33,8 +34,11 @@ BAD_QUESTION = (ClusterError, WorkloadError, UnsupportedShape, ModelDoesNotFit, 
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if any(argument.partition("=")[0] == "--validate" for argument in argv):
+        return validate_command.main(argv)
     settings = load(
-        PlanSettings, sys.argv[1:] if argv is None else argv, prog="baton plan",
+        PlanSettings, argv, prog="baton plan",
         description="Which parallelism and how many workers for each phase, or colocated workers.",
     )  # fmt: skip
     try:

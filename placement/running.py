@@ -48,8 +48,8 @@ def predicted_fleet(file: FleetFile, profile: Profile | None, *, longest_prompt:
     num_prefill, num_decode = file.num_workers("prefill"), file.num_workers("decode")
     if num_both and (num_prefill or num_decode):
         raise NotPredictable(
-            f"{num_both} workers for both phases beside {num_prefill} prefill and {num_decode} decode workers: "
-            "mixed fleets are not simulated"
+            f"{num_both} workers for both phases beside {num_prefill} prefill and {num_decode} decode "
+            "workers: mixed fleets are not simulated"
         )
     if num_both:
         facts = worker_facts(file.settings.get("both", {}), profile)
