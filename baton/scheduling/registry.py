@@ -9,7 +9,7 @@ from baton.scheduling.fcfs import Fcfs
 from baton.scheduling.first_iteration import FirstIteration
 from baton.scheduling.las import Las
 from baton.scheduling.mlfq import BASE_QUANTUM_TOKENS, BOOST_TOKENS, STARVATION_S, Mlfq
-from baton.scheduling.shortest_prefill import AGEING, MAX_OPEN, ShortestPrefill
+from baton.scheduling.shortest_prefill import CHUNK_TOKENS, PER_TOKEN_S, ShortestPrefill
 from baton.scheduling.srpt import Srpt
 
 
@@ -43,27 +43,28 @@ def _skip_join_mlfq(
     return _mlfq(first_iteration, base_quantum_tokens, starvation_s, boost_tokens, is_skip_join=True)
 
 
-def _shortest_prefill(
-    first_iteration: FirstIteration, ageing: float = AGEING, max_open: int = MAX_OPEN
-) -> StepPolicy:
-    return ShortestPrefill(ageing=ageing, max_open=max_open)
-
-
 _MAKERS: dict[str, tuple[Callable[..., StepPolicy], tuple[type, ...]]] = {
     "fcfs": (_fcfs, ()),
     "mlfq": (_mlfq, (int, float, int)),
     "skip-join-mlfq": (_skip_join_mlfq, (int, float, int)),
     "las": (Las, ()),
     "srpt": (Srpt, ()),
-    "shortest-prefill": (_shortest_prefill, (float, int)),
+    "shortest-prefill": (ShortestPrefill, (float, int)),
 }
 
 NAMES = tuple(_MAKERS)
 
 
-def by_name(spec: str, *, first_iteration: FirstIteration | None = None) -> StepPolicy:
+def by_name(
+    spec: str,
+    *,
+    first_iteration: FirstIteration | None = None,
+    chunk_tokens: int | None = None,
+    prompt_token_s: float | None = None,
+) -> StepPolicy:
     """A new policy object. `first_iteration`: what a prompt costs where prompts are computed beside
-    decodes. Raises ValueError naming the policy, the parameter and what is allowed."""
+    decodes; `chunk_tokens` and `prompt_token_s`: how many prompt tokens a step of a prefill worker takes
+    and how long each. Raises ValueError naming the policy, the parameter and what is allowed."""
     name, _, text = spec.partition(":")
     if name not in _MAKERS:
         raise ValueError(f"no scheduler is called {name!r}; there are {', '.join(NAMES)}")
@@ -77,4 +78,10 @@ def by_name(spec: str, *, first_iteration: FirstIteration | None = None) -> Step
             values.append(kind(parameter))
         except ValueError:
             raise ValueError(f"{spec!r}: {parameter!r} is no {kind.__name__}") from None
+    if name == ShortestPrefill.name:
+        return ShortestPrefill(
+            *values,
+            chunk_tokens=chunk_tokens or CHUNK_TOKENS,
+            per_token_s=prompt_token_s or PER_TOKEN_S,
+        )
     return make(first_iteration or FirstIteration(), *values)

@@ -21,6 +21,8 @@ from baton.scheduling.base import JobFacts, Ranked
 
 MAX_OPEN = 3
 AGEING = 0.05
+PER_TOKEN_S = 50e-6
+CHUNK_TOKENS = 2048
 
 
 class ShortestPrefill(Ranked):
@@ -28,11 +30,11 @@ class ShortestPrefill(Ranked):
 
     def __init__(
         self,
-        *,
-        max_open: int = MAX_OPEN,
         ageing: float = AGEING,
-        per_token_s: float = 50e-6,
-        chunk_tokens: int = 2048,
+        max_open: int = MAX_OPEN,
+        *,
+        per_token_s: float = PER_TOKEN_S,
+        chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         """`per_token_s`: seconds for a prompt token, from a profile; it only scales the ageing.
         `chunk_tokens`: prompt tokens that fit in one step."""
@@ -68,6 +70,10 @@ class ShortestPrefill(Ranked):
         super().remove(job_id)
         self._num_left.pop(job_id, None)
         self._open.discard(job_id)
+
+    def num_left(self, job_id: str) -> int:
+        """Prompt tokens still to be computed."""
+        return self._num_left[job_id]
 
     def order(self, job_ids: Collection[str], now_s: float) -> list[str]:
         """Leaves out the prompts that must not begin now."""

@@ -1,0 +1,472 @@
+"""vLLM's scheduler with a step policy of `baton.scheduling`: preemption between any two tokens.
+
+vLLM loads one of the classes by name. Everything vLLM's own scheduler does it still does; before each of
+its steps these decide four things:
+
+* **Who runs.** `running` is sorted by the policy's order (vLLM takes its own victims from the end), and
+  who is not among the first `max_batch_size` is parked: `next_decode_eligible_step` makes vLLM's loop
+  pass it over for one step. It keeps its blocks and its place in the runner. `max_num_seqs` is therefore
+  the number of residents, not the batch; were it the batch, nobody could overtake.
+* **Who may enter.** The waiting queue that vLLM sees in a step holds only those whose turn it is, in that
+  order, and the reads of KV that may begin (they take blocks, but no place). The others are put back after.
+* **Who gives up memory.** When blocks run short, `baton.scheduling.SwapRule` names victims, furthest from
+  their turn first. With a host tier (`vllm_host_swap`) their KV is copied there before the blocks are
+  used again. Without one they are computed again, each at most `MAX_RECOMPUTES` times by our choice.
+* **Who is charged.** Tokens that were delivered, when they are.
+
+If everything fits into one batch, the batch is exactly vLLM's own.
+
+Private names of vLLM are used throughout; `vllm_drift` checks them before the engine starts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, RequestStatus
+
+from baton.engine.vllm_host_swap import HostTier, host_tier_of
+from baton.engine.vllm_scheduler import QuietScheduler
+from baton.scheduling import FairShare, FirstIteration, Holding, JobFacts, ShortestPrefill, SwapRule, by_name
+
+OPTIONS = "baton_scheduler"
+"""In vLLM's `additional_config`: the options below. In a request's `extra_args`: its facts, by the names
+of `JobFacts`, except `deadline_left_s`, which is time left."""
+STATS = "baton_scheduler"
+"""Our counters among the KV connector's statistics of a step."""
+MAX_RECOMPUTES = 2
+MAX_READS_PER_STEP = 32
+
+
+class PolicyMixin:
+    """Before `Scheduler` or `AsyncScheduler` in the bases of a class."""
+
+    def __init__(self, *arguments: Any, **named_arguments: Any) -> None:
+        super().__init__(*arguments, **named_arguments)
+        this: Any = self
+        options = dict(this.vllm_config.additional_config.get(OPTIONS, {}))
+        self._max_batch_size: int = options.get("max_batch_size", this.max_num_running_reqs)
+        policy = by_name(
+            options.get("policy", "skip-join-mlfq"),
+            first_iteration=FirstIteration(per_token=options.get("prompt_token_cost", 0.0)),
+            chunk_tokens=this.max_num_scheduled_tokens,
+        )
+        self._step_policy = FairShare(policy)
+        self._prefill_policy = policy if isinstance(policy, ShortestPrefill) else None
+        self._host: HostTier | None = host_tier_of(this.connector)
+        num_blocks = this.cache_config.num_gpu_blocks
+        self._swap_rule = SwapRule(
+            reserve_blocks=options.get("reserve_blocks", max(1, num_blocks // 50)),
+            lookahead_blocks=2 * self._max_batch_size if self._host is not None else 0,
+        )
+        # A prefill worker whose KV nobody reads begins no more prompts: those that run need the rest.
+        self._max_unread_blocks = num_blocks // 2
+        self._step_s = 0.02
+        self._last_step_s: float | None = None
+        self._is_resetting = False
+        self._num_recomputed_tokens = 0
+        self._num_stalls = 0
+
+    def _now_s(self) -> float:
+        return time.monotonic()
+
+    # ── requests come and go ─────────────────────────────────────────────────────────────────────
+
+    def add_request(self, request: Request) -> None:
+        this: Any = self
+        is_new = request.request_id not in this.requests
+        super().add_request(request)  # type: ignore[misc]
+        if is_new and request.request_id in this.requests:
+            self._step_policy.add(self._facts(request), self._now_s())
+
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        super()._update_request_as_session(session, update)  # type: ignore[misc]
+        self._step_policy.remove(session.request_id)
+        self._step_policy.add(self._facts(session), self._now_s())
+
+    def _free_request(self, request: Request, *arguments: Any, **named_arguments: Any) -> Any:
+        self._step_policy.remove(request.request_id)
+        return super()._free_request(request, *arguments, **named_arguments)  # type: ignore[misc]
+
+    def _facts(self, request: Request) -> JobFacts:
+        this: Any = self
+        now_s = self._now_s()
+        params = request.sampling_params
+        told = ((params.extra_args if params is not None else None) or {}).get(OPTIONS, {})
+        num_uncached = 1
+        if not _is_read_pending(request):
+            num_uncached = request.num_tokens - this.kv_cache_manager.get_computed_blocks(request)[1]
+        left_s = told.get("deadline_left_s")
+        return JobFacts(
+            job_id=request.request_id,
+            arrival_s=now_s,
+            num_uncached_tokens=num_uncached,
+            num_expected_output_tokens=told.get("num_expected_output_tokens"),
+            priority=told.get("priority", request.priority),
+            key=told.get("key", ""),
+            deadline_s=None if left_s is None else now_s + left_s,
+        )
+
+    def _update_request_with_output(
+        self, request: Request, new_token_ids: list[int], is_stale: bool = False
+    ) -> tuple[list[int], bool]:
+        result: tuple[list[int], bool] = super()._update_request_with_output(  # type: ignore[misc]
+            request, new_token_ids, is_stale
+        )
+        self._step_policy.charge(request.request_id, num_output_tokens=len(result[0]), now_s=self._now_s())
+        return result
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)  # type: ignore[misc]
+        this: Any = self
+        now_s = self._now_s()
+        for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+            request = this.requests[request_id]
+            if request.num_preemptions:
+                self._num_recomputed_tokens += max(0, num_tokens - 1)
+                continue
+            # Has been advanced already.
+            num_prompt = request.num_prompt_tokens - (request.num_computed_tokens - num_tokens)
+            if num_prompt > 0:
+                self._step_policy.charge(
+                    request_id, num_prefill_tokens=min(num_prompt, num_tokens), now_s=now_s
+                )
+
+    # ── steps ─────────────────────────────────────────────────────────────────────────────────
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        this: Any = self
+        if this._pause_state != PauseState.UNPAUSED:
+            return super().schedule(throttle_prefills)  # type: ignore[misc]
+        now_s = self._now_s()
+        self._note_step(now_s)
+        this.max_num_active_reqs = this.max_num_running_reqs
+        if self._prefill_policy is not None:
+            withheld, late_holders = self._choose_prefills(self._prefill_policy, now_s)
+        else:
+            withheld, late_holders = self._choose(now_s)
+        try:
+            return super().schedule(throttle_prefills)  # type: ignore[misc]
+        finally:
+            this.waiting.extend(withheld)
+            this.kv_holding_waiting.extend(late_holders)
+
+    def _note_step(self, now_s: float) -> None:
+        """A running mean of how long a step takes while there is something to do."""
+        this: Any = self
+        if self._last_step_s is not None:
+            self._step_s = max(1e-4, 0.9 * self._step_s + 0.1 * (now_s - self._last_step_s))
+        self._last_step_s = now_s if this.running else None
+
+    def _choose(self, now_s: float) -> tuple[list[Request], list[Request]]:
+        """Parks, evicts and sorts; leaves in the queues who may enter, and returns who may not."""
+        this: Any = self
+        ready, unready = self._split_holders()
+        entering = [request for request in this.waiting if not _is_blocked(request)]
+        by_id = {r.request_id: r for group in (this.running, ready, entering) for r in group}
+        order = self._step_policy.order(by_id.keys(), now_s)
+        self._sort_running(order)
+        num_free = this.kv_cache_manager.block_pool.get_num_free_blocks()
+        wanted = sum(map(self._num_new_blocks, (*this.running, *entering)))
+        if len(by_id) <= self._max_batch_size and wanted + self._swap_rule.reserve_blocks <= num_free:
+            _refill(this.waiting, [by_id[i] for i in order if by_id[i] in set(entering)], this.waiting)
+            return [], []
+        # Who has just received its KV runs first: it costs one token, and vLLM's loop begins with it.
+        ready_ids = {r.request_id for r in ready}
+        admitted = [job_id for job_id in order if job_id in ready_ids][: self._max_batch_size]
+        choice = self._active_set(order, ready_ids, by_id, num_places=self._max_batch_size - len(admitted))
+        entrants = self._make_room(order, admitted, choice, by_id, now_s)
+        for request in this.running:
+            if request.request_id not in choice.active:
+                self._park(request)
+        allowed = [by_id[job_id] for job_id in entrants]
+        withheld = _refill(this.waiting, allowed, this.waiting)
+        late = _refill(this.kv_holding_waiting, [by_id[i] for i in admitted] + unready, ready)
+        return withheld, late
+
+    def _split_holders(self) -> tuple[list[Request], list[Request]]:
+        """Requests that wait with KV in memory: it has arrived, or it has not yet."""
+        this: Any = self
+        ready: list[Request] = []
+        unready: list[Request] = []
+        for request in this.kv_holding_waiting:
+            is_here = request.request_id in this.finished_recving_kv_req_ids or not (
+                this._is_blocked_waiting_status(request.status)
+            )
+            (ready if is_here else unready).append(request)
+        return ready, unready
+
+    def _sort_running(self, order: list[str]) -> None:
+        this: Any = self
+        place = {job_id: position for position, job_id in enumerate(order)}
+        this.running.sort(key=lambda request: place[request.request_id])
+
+    def _active_set(
+        self, order: list[str], ready_ids: set[str], by_id: dict[str, Request], *, num_places: int
+    ) -> _Choice:
+        """From the front of the order, as far as places and memory reach."""
+        this: Any = self
+        num_total = this.cache_config.num_gpu_blocks - 1
+        num_held = sum(self._num_blocks(r.num_computed_tokens) for r in this.kv_holding_waiting)
+        room = num_total - num_held
+        choice = _Choice()
+        loras: set[int] = set()
+        # A prompt that began is finished: half of it is of no use to anybody.
+        begun = [r.request_id for r in this.running if r.is_prefill_chunk]
+        for job_id in (*begun, *order):
+            request = by_id[job_id]
+            if job_id in ready_ids or job_id in choice.active:
+                continue
+            num_blocks = self._num_blocks_to_run(request)
+            if num_blocks > room:
+                continue
+            if _is_read_pending(request):
+                if len(choice.reads) < MAX_READS_PER_STEP:
+                    choice.reads.append(job_id)
+                    room -= num_blocks
+                continue
+            if len(choice.active) + len(choice.returning) >= num_places:
+                continue
+            if not self._fits_loras(request, loras):
+                continue
+            room -= num_blocks
+            if self._is_swapped_out(request):
+                choice.returning.append(job_id)
+            else:
+                choice.active[job_id] = None
+        return choice
+
+    def _make_room(
+        self, order: list[str], admitted: list[str], choice: _Choice, by_id: dict[str, Request], now_s: float
+    ) -> list[str]:
+        """Moves KV so that the chosen fit; returns who may leave the waiting queue, in that order."""
+        this: Any = self
+        runs_next = [*admitted, *choice.active, *choice.returning]
+        chosen = set(runs_next)
+        sequence = runs_next + [job_id for job_id in order if job_id not in chosen]
+        joiners = [i for i in choice.active if by_id[i].status != RequestStatus.RUNNING]
+        growth = sum(self._num_new_blocks(by_id[i]) for i in choice.active if i not in set(joiners))
+        num_free = this.kv_cache_manager.block_pool.get_num_free_blocks()
+        moves = self._swap_rule.choose(
+            sequence,
+            self._step_policy.waits(
+                sequence, num_places=self._max_batch_size, step_s=self._step_s, now_s=now_s
+            ),
+            {job_id: holding for job_id in sequence if (holding := self._holding(by_id[job_id])) is not None},
+            num_places=len(runs_next),
+            num_free_blocks=num_free,
+            num_growth_blocks=growth,
+            num_arriving_blocks=sum(self._num_blocks_to_run(by_id[i]) for i in (*joiners, *choice.reads)),
+        )
+        for job_id in moves.evict:
+            this.running.remove(by_id[job_id])
+            this._preempt_request(
+                by_id[job_id], time.monotonic(), drop_stale_output=this.requires_kv_delivery
+            )
+        if self._host is not None:
+            for job_id in moves.back_up:
+                self._back_up(by_id[job_id])
+        room = this.kv_cache_manager.block_pool.get_num_free_blocks() - growth
+        entrants = []
+        for job_id in (*joiners, *moves.bring_back, *choice.reads):
+            num_blocks = self._num_blocks_to_run(by_id[job_id])
+            if num_blocks <= room:
+                room -= num_blocks
+                entrants.append(job_id)
+            elif job_id in choice.active:
+                del choice.active[job_id]
+        # Places of those that found no room go to the next residents.
+        evicted = set(moves.evict)
+        num_unused = self._max_batch_size - len(admitted) - len(choice.active)
+        for request in this.running[:]:
+            if num_unused <= 0:
+                break
+            if request.request_id not in choice.active and request.request_id not in evicted:
+                new_blocks = self._num_new_blocks(request)
+                if new_blocks <= room:
+                    room -= new_blocks
+                    choice.active[request.request_id] = None
+                    num_unused -= 1
+        return entrants
+
+    def _holding(self, request: Request) -> Holding | None:
+        if request.status == RequestStatus.RUNNING:
+            num_blocks = self._num_blocks(request.num_computed_tokens)
+            if self._host is None:
+                num_backed = num_blocks if request.num_preemptions < MAX_RECOMPUTES else 0
+            else:
+                num_full = request.num_computed_tokens // _block_size(self)
+                is_saved = self._host.num_saved_tokens(request.request_id) >= num_full * _block_size(self)
+                num_backed = num_blocks if is_saved else 0
+            return Holding(
+                num_blocks=num_blocks,
+                num_backed_blocks=num_backed,
+                is_movable=request.num_in_flight_tokens == 0
+                and not request.is_prefill_chunk
+                and not request.resumable,
+            )
+        if self._is_swapped_out(request):
+            num_blocks = self._num_blocks_to_run(request)
+            return Holding(num_blocks=num_blocks, num_backed_blocks=num_blocks, is_resident=False)
+        return None
+
+    def _back_up(self, request: Request) -> None:
+        """Its full blocks; the last, unfinished one follows when it is evicted."""
+        assert self._host is not None
+        this: Any = self
+        num_tokens = request.num_computed_tokens // _block_size(self) * _block_size(self)
+        block_ids = this.kv_cache_manager.get_block_ids(request.request_id)[0]
+        self._host.save(request.request_id, block_ids, num_tokens)
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        this: Any = self
+        if self._host is not None and not self._is_resetting and not request.resumable:
+            # What is not there yet is copied before this step computes: the blocks are still whole then.
+            num_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+            num_before = self._host.num_saved_tokens(request.request_id)
+            block_ids = this.kv_cache_manager.get_block_ids(request.request_id)[0]
+            self._host.save(request.request_id, block_ids, num_tokens)
+            self._host.num_swaps_out += 1
+            if num_tokens - num_before > _block_size(self):
+                self._num_stalls += 1
+        super()._preempt_request(request, timestamp, drop_stale_output)  # type: ignore[misc]
+
+    def reset_prefix_cache(self, *arguments: Any, **named_arguments: Any) -> bool:
+        """Cached KV is no longer valid (new weights, say), and copies of it are not either."""
+        self._is_resetting = True
+        try:
+            result: bool = super().reset_prefix_cache(*arguments, **named_arguments)  # type: ignore[misc]
+        finally:
+            self._is_resetting = False
+        if self._host is not None:
+            self._host.clear()
+        return result
+
+    def _park(self, request: Request) -> None:
+        this: Any = self
+        # vLLM's loop counts the step up first and passes over who is not eligible yet: one step only.
+        request.next_decode_eligible_step = max(request.next_decode_eligible_step, this.current_step + 2)
+        if request.spec_token_ids:
+            request.spec_token_ids = []
+
+    def _choose_prefills(self, policy: ShortestPrefill, now_s: float) -> tuple[list[Request], list[Request]]:
+        """The same on a prefill worker, where tokens are scarce and not places."""
+        this: Any = self
+        entering = [request for request in this.waiting if not _is_blocked(request)]
+        by_id = {r.request_id: r for group in (this.running, entering) for r in group}
+        order = self._step_policy.order(by_id.keys(), now_s)
+        num_used = this.cache_config.num_gpu_blocks - 1
+        num_used -= this.kv_cache_manager.block_pool.get_num_free_blocks()
+        num_unread = num_used - sum(self._num_blocks(r.num_computed_tokens) for r in this.running)
+        is_beginning_allowed = not this.running or num_unread <= self._max_unread_blocks
+        budget = this.max_num_scheduled_tokens
+        active: dict[str, None] = {}
+        for job_id in order:
+            if budget <= 0 or len(active) >= self._max_batch_size:
+                break
+            if by_id[job_id].status == RequestStatus.RUNNING or is_beginning_allowed:
+                active[job_id] = None
+                budget -= max(1, policy.num_left(job_id))
+        place = {job_id: position for position, job_id in enumerate(order)}
+        this.running.sort(key=lambda request: place.get(request.request_id, len(place)))
+        for request in this.running:
+            if request.request_id not in active:
+                self._park(request)
+        allowed = [by_id[i] for i in active if by_id[i].status != RequestStatus.RUNNING]
+        return _refill(this.waiting, allowed, this.waiting), []
+
+    # ── small facts ──────────────────────────────────────────────────────────────────────────────
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // _block_size(self))
+
+    def _num_blocks_to_run(self, request: Request) -> int:
+        """To compute its next token."""
+        return self._num_blocks(max(request.num_tokens, request.num_computed_tokens + 1))
+
+    def _num_new_blocks(self, request: Request) -> int:
+        if request.status == RequestStatus.RUNNING:
+            return self._num_blocks_to_run(request) - self._num_blocks(request.num_computed_tokens)
+        return self._num_blocks_to_run(request)
+
+    def _is_swapped_out(self, request: Request) -> bool:
+        return (
+            self._host is not None
+            and request.status == RequestStatus.PREEMPTED
+            and self._host.num_saved_tokens(request.request_id) > 0
+        )
+
+    def _fits_loras(self, request: Request, loras: set[int]) -> bool:
+        this: Any = self
+        if not this.lora_config or not request.lora_request:
+            return True
+        lora = request.lora_request.lora_int_id
+        if lora not in loras and len(loras) >= this.lora_config.max_loras:
+            return False
+        loras.add(lora)
+        return True
+
+    def make_stats(self, *arguments: Any, **named_arguments: Any) -> Any:
+        stats = super().make_stats(*arguments, **named_arguments)  # type: ignore[misc]
+        if stats is not None:
+            counters = {"num_recomputed_tokens": self._num_recomputed_tokens, "num_stalls": self._num_stalls}
+            if self._host is not None:
+                counters |= self._host.counters()
+            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), STATS: counters}
+        return stats
+
+
+class MlfqScheduler(PolicyMixin, QuietScheduler):
+    """For CPU, where vLLM schedules synchronously."""
+
+
+class SyncMlfqScheduler(PolicyMixin, Scheduler):
+    """For devices with `async_scheduling` off."""
+
+
+class AsyncMlfqScheduler(PolicyMixin, AsyncScheduler):
+    """For devices with `async_scheduling` on, vLLM's default there."""
+
+
+@dataclass(slots=True)
+class _Choice:
+    active: dict[str, None] = field(default_factory=dict)
+    """Get a token in this step."""
+    returning: list[str] = field(default_factory=list)
+    """It is their turn, but their KV is on the host."""
+    reads: list[str] = field(default_factory=list)
+    """May begin to read their KV from the prefill worker."""
+
+
+def _refill(queue: Any, first: list[Request], everyone: Iterable[Request]) -> list[Request]:
+    """Puts `first` in the queue, in this order, and returns the rest of `everyone`."""
+    chosen = set(first)
+    rest = [request for request in everyone if request not in chosen]
+    queue.clear()
+    queue.extend(first)
+    return rest
+
+
+def _block_size(scheduler: Any) -> int:
+    size: int = scheduler.block_size
+    return size
+
+
+def _is_read_pending(request: Request) -> bool:
+    """Its KV lies with a prefill worker and has not been asked for."""
+    params = request.kv_transfer_params
+    return bool(params and params.get("do_remote_prefill")) and request.num_computed_tokens == 0
+
+
+def _is_blocked(request: Request) -> bool:
+    if request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR:
+        wanted = request.structured_output_request
+        return wanted is None or wanted.grammar is None
+    return request.status not in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
