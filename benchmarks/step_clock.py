@@ -31,7 +31,7 @@ class EngineChoice:
     batch_size: int = 4
     max_residents: int = 256
     num_blocks: int = 2048
-    num_host_blocks: int = 0
+    host_kv_bytes: int = 0
     """Above 0: a host tier."""
 
 
@@ -42,7 +42,7 @@ def engine_arguments(model: str, choice: EngineChoice) -> dict[str, Any]:
         "dtype": "float32",
         "skip_tokenizer_init": True,
         "enforce_eager": True,
-        "max_model_len": 1024,
+        "max_model_len": 512,
         "block_size": BLOCK_SIZE_TOKENS,
         "max_num_batched_tokens": 2048,
         "max_num_seqs": choice.batch_size if is_stock else choice.max_residents,
@@ -57,14 +57,14 @@ def engine_arguments(model: str, choice: EngineChoice) -> dict[str, Any]:
         arguments["additional_config"] = {
             "baton_scheduler": {"policy": choice.scheduler, "max_batch_size": choice.batch_size}
         }
-    if choice.num_host_blocks:
+    if choice.host_kv_bytes:
         from vllm.config import KVTransferConfig
 
         arguments["kv_transfer_config"] = KVTransferConfig(
             kv_connector="HostSwapConnector",
             kv_connector_module_path="baton.engine.vllm_host_swap",
             kv_role="kv_both",
-            kv_connector_extra_config={"baton_host_blocks": choice.num_host_blocks},
+            kv_connector_extra_config={"host_kv_bytes": choice.host_kv_bytes},
         )
     return arguments
 

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from baton.contract.lifecycle import WorkerRole
-from baton.worker.engines import build_engine
+from baton.worker.engines import EngineSchedule, build_engine
 from baton.worker.process import run_worker
 from decode_worker.settings import DecodeWorkerSettings
 
 
 def run(settings: DecodeWorkerSettings) -> int:
-    role, policy = WorkerRole.DECODE, settings.kv_load_failure_policy
-    return run_worker(settings, role, lambda: build_engine(settings, role, kv_load_failure_policy=policy))
+    role = WorkerRole.DECODE
+    return run_worker(
+        settings,
+        role,
+        lambda: build_engine(
+            settings,
+            role,
+            kv_load_failure_policy=settings.kv_load_failure_policy,
+            schedule=EngineSchedule(
+                policy=settings.scheduler,
+                max_resident_sequences=settings.max_resident_sequences,
+                host_kv_gib=settings.host_kv_gib,
+            ),
+        ),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from baton.settings import SettingsError, option
 from baton.worker.settings import WorkerSettings
@@ -19,6 +20,12 @@ class PrefillWorkerSettings(WorkerSettings):
         "rest waits at the coordinator; absent: about what keeps the device busy, 512 on cpu, 8192 on cuda",
     )
 
+    scheduler: Literal["fcfs", "shortest-prefill"] = option(
+        "fcfs",
+        "which prompt is computed next: first come first served, or the one with least left to compute, "
+        "with ageing (docs/scheduling.md)",
+    )
+
     def __post_init__(self) -> None:
         # Not super(): slots=True makes a new class, which the implicit one does not know (3.11).
         WorkerSettings.__post_init__(self)
@@ -26,3 +33,5 @@ class PrefillWorkerSettings(WorkerSettings):
             raise SettingsError(f"kv_lease_s is {self.kv_lease_s}, expected at least 1")
         if self.prefill_window_tokens is not None and self.prefill_window_tokens < 1:
             raise SettingsError(f"prefill_window_tokens is {self.prefill_window_tokens}, expected at least 1")
+        if self.scheduler != "fcfs" and self.engine == "simulated":
+            raise SettingsError(f"the simulated engine is first come first served, not {self.scheduler}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from baton.contract.lifecycle import WorkerRole
-from baton.worker.engines import build_engine, prefill_window_tokens
+from baton.worker.engines import EngineSchedule, build_engine, prefill_window_tokens
 from baton.worker.process import run_worker
 from prefill_worker.settings import PrefillWorkerSettings
 
@@ -13,6 +13,11 @@ def run(settings: PrefillWorkerSettings) -> int:
     return run_worker(
         settings,
         role,
-        lambda: build_engine(settings, role, kv_lease_s=settings.kv_lease_s),
+        lambda: build_engine(
+            settings,
+            role,
+            kv_lease_s=settings.kv_lease_s,
+            schedule=EngineSchedule(policy=settings.scheduler),
+        ),
         prefill_window_tokens=prefill_window_tokens(settings, settings.prefill_window_tokens),
     )

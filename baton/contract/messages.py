@@ -66,6 +66,17 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     num_kv_transfers: int = 0
     num_kv_transfer_failures: int = 0
     num_preemptions: int = 0
+    num_swaps_out: int = 0
+    """Sequences whose KV left the device for host memory (a running total, like all that follow)."""
+    num_swaps_in: int = 0
+    num_swapped_bytes: int = 0
+    """Both ways, per rank."""
+    num_recomputed_tokens: int = 0
+    """Computed a second time, after a preemption without a copy."""
+    num_swap_stalls: int = 0
+    """Swaps that had to copy more than the last block at the moment of need."""
+    num_scheduler_fallbacks: int = 0
+    """1: the engine's own scheduler runs although another was asked for."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -53,6 +53,7 @@ from baton.contract.messages import (
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import num_token_ids, unpack_token_ids
 from baton.engine.base import EngineDescription, EngineListener, FinishedPrefill
+from baton.engine.vllm_drift import installed_drift
 from baton.engine.vllm_kv_events import VllmKvEvents
 from baton.engine.vllm_params import decode_params, output_logprobs, prefill_params, prompt_logprobs
 from baton.engine.vllm_settings import (
@@ -196,11 +197,25 @@ class VllmEngine:
 
     def _construct_blocking(self) -> Any:
         arguments = AsyncEngineArgs(
-            **engine_arguments(self._settings),
+            **engine_arguments(self._settings, has_drifted=self._has_drifted()),
             kv_transfer_config=KVTransferConfig(**transfer_arguments(self._settings)),
             kv_events_config=KVEventsConfig(**self._kv_events.arguments()) if self._kv_events else None,
         )
         return AsyncLLM.from_engine_args(arguments, stat_loggers=[self._gauge.logger_factory()])
+
+    def _has_drifted(self) -> bool:
+        if self._settings.scheduler == "fcfs":
+            return False
+        problems = installed_drift()
+        for problem in problems:
+            logger.error("scheduler %s is not used: %s", self._settings.scheduler, problem)
+        if problems:
+            logger.error(
+                "vllm %s is not a version this scheduler knows: vLLM's own scheduler runs instead",
+                vllm_version,
+            )
+            self._gauge.count_scheduler_fallback()
+        return bool(problems)
 
     def _describe(self, side_channel_port: int) -> EngineDescription:
         settings, config = self._settings, self._llm.vllm_config

@@ -30,8 +30,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
 )
 
-HOST_BLOCKS = "baton_host_blocks"
-"""In `kv_connector_extra_config`: how many blocks the tier may hold."""
+HOST_BYTES = "host_kv_bytes"
+"""In `kv_connector_extra_config`: how much each rank's part of the tier may hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,9 @@ class SwapOrders(KVConnectorMetadata):
 class HostTier:
     """Scheduler side. Pure bookkeeping."""
 
-    def __init__(self, *, capacity_blocks: int, block_size_tokens: int) -> None:
+    def __init__(self, *, capacity_blocks: int, block_size_tokens: int, block_bytes: int = 0) -> None:
         self._capacity_blocks = capacity_blocks
+        self._block_bytes = block_bytes
         self._block_size = block_size_tokens
         self._saved: dict[str, int] = {}
         """Tokens of each request that have a copy, counted from its first."""
@@ -116,8 +117,8 @@ class HostTier:
         return {
             "num_swaps_out": self.num_swaps_out,
             "num_swaps_in": self.num_swaps_in,
-            "num_blocks_out": self._num_blocks_out,
-            "num_blocks_in": self._num_blocks_in,
+            "num_bytes_out": self._num_blocks_out * self._block_bytes,
+            "num_bytes_in": self._num_blocks_in * self._block_bytes,
             "num_host_blocks": self._num_used_blocks,
         }
 
@@ -167,10 +168,16 @@ def host_tier_of(connector: Any) -> HostTier | None:
     return tier
 
 
-def new_tier(vllm_config: Any) -> HostTier:
-    extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
+def new_tier(vllm_config: Any, kv_cache_config: Any) -> HostTier:
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise ValueError(f"the host tier copies whole blocks of one kind; this model has {len(groups)} kinds")
+    block_bytes = groups[0].kv_cache_spec.page_size_bytes * len(groups[0].layer_names)
+    num_bytes = int(vllm_config.kv_transfer_config.kv_connector_extra_config[HOST_BYTES])
     return HostTier(
-        capacity_blocks=int(extra_config[HOST_BLOCKS]), block_size_tokens=vllm_config.cache_config.block_size
+        capacity_blocks=num_bytes // block_bytes,
+        block_size_tokens=vllm_config.cache_config.block_size,
+        block_bytes=block_bytes,
     )
 
 
@@ -180,7 +187,7 @@ class HostSwapConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         is_scheduler = role == KVConnectorRole.SCHEDULER
-        self.host_tier = new_tier(vllm_config) if is_scheduler else None
+        self.host_tier = new_tier(vllm_config, kv_cache_config) if is_scheduler else None
         self._store = None if is_scheduler else HostStore(kv_cache_config.num_blocks)
 
     # Scheduler side.

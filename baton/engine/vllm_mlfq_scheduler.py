@@ -21,6 +21,7 @@ Private names of vLLM are used throughout; `vllm_drift` checks them before the e
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -29,18 +30,16 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from baton.engine.vllm_host_swap import HostTier, host_tier_of
 from baton.engine.vllm_scheduler import QuietScheduler
+from baton.engine.vllm_stats import SCHEDULER_STATS
 from baton.scheduling import FairShare, FirstIteration, Holding, JobFacts, ShortestPrefill, SwapRule, by_name
 
 OPTIONS = "baton_scheduler"
 """In vLLM's `additional_config`: the options below. In a request's `extra_args`: its facts, by the names
 of `JobFacts`, except `deadline_left_s`, which is time left."""
-STATS = "baton_scheduler"
-"""Our counters among the KV connector's statistics of a step."""
 MAX_RECOMPUTES = 2
 MAX_READS_PER_STEP = 32
 
@@ -61,6 +60,7 @@ class PolicyMixin:
         self._step_policy = FairShare(policy)
         self._prefill_policy = policy if isinstance(policy, ShortestPrefill) else None
         self._host: HostTier | None = host_tier_of(this.connector)
+        self._max_recomputes = math.inf if options.get("is_offloaded", False) else MAX_RECOMPUTES
         num_blocks = this.cache_config.num_gpu_blocks
         self._swap_rule = SwapRule(
             reserve_blocks=options.get("reserve_blocks", max(1, num_blocks // 50)),
@@ -174,15 +174,26 @@ class PolicyMixin:
         order = self._step_policy.order(by_id.keys(), now_s)
         self._sort_running(order)
         num_free = this.kv_cache_manager.block_pool.get_num_free_blocks()
-        wanted = sum(map(self._num_new_blocks, (*this.running, *entering)))
-        if len(by_id) <= self._max_batch_size and wanted + self._swap_rule.reserve_blocks <= num_free:
-            _refill(this.waiting, [by_id[i] for i in order if by_id[i] in set(entering)], this.waiting)
-            return [], []
+        # At most one block more for everyone who runs, all of it for everyone who enters.
+        num_wanted = len(this.running) + len(ready) + sum(map(self._num_blocks_to_run, entering))
+        is_tight = num_wanted + self._swap_rule.reserve_blocks > num_free
+        if len(by_id) <= self._max_batch_size and not is_tight:
+            present = set(entering)
+            return _refill(this.waiting, [by_id[i] for i in order if by_id[i] in present], this.waiting), []
         # Who has just received its KV runs first: it costs one token, and vLLM's loop begins with it.
         ready_ids = {r.request_id for r in ready}
         admitted = [job_id for job_id in order if job_id in ready_ids][: self._max_batch_size]
-        choice = self._active_set(order, ready_ids, by_id, num_places=self._max_batch_size - len(admitted))
-        entrants = self._make_room(order, admitted, choice, by_id, now_s)
+        choice = self._active_set(
+            order,
+            ready_ids,
+            by_id,
+            num_places=self._max_batch_size - len(admitted),
+            num_blocks=self._num_blocks_not_waiting() if is_tight else None,
+        )
+        if is_tight:
+            entrants = self._make_room(order, admitted, choice, by_id, now_s)
+        else:
+            entrants = choice.entering(by_id)
         for request in this.running:
             if request.request_id not in choice.active:
                 self._park(request)
@@ -208,39 +219,52 @@ class PolicyMixin:
         place = {job_id: position for position, job_id in enumerate(order)}
         this.running.sort(key=lambda request: place[request.request_id])
 
-    def _active_set(
-        self, order: list[str], ready_ids: set[str], by_id: dict[str, Request], *, num_places: int
-    ) -> _Choice:
-        """From the front of the order, as far as places and memory reach."""
+    def _num_blocks_not_waiting(self) -> int:
+        """All, less those of requests that have KV and do not run yet."""
         this: Any = self
-        num_total = this.cache_config.num_gpu_blocks - 1
         num_held = sum(self._num_blocks(r.num_computed_tokens) for r in this.kv_holding_waiting)
-        room = num_total - num_held
+        num_blocks: int = this.cache_config.num_gpu_blocks - 1
+        return num_blocks - num_held
+
+    def _active_set(
+        self,
+        order: list[str],
+        ready_ids: set[str],
+        by_id: dict[str, Request],
+        *,
+        num_places: int,
+        num_blocks: int | None,
+    ) -> _Choice:
+        """From the front of the order, as far as places and memory reach. None: memory is no concern."""
+        this: Any = self
+        room = num_blocks
         choice = _Choice()
         loras: set[int] = set()
+        num_readers = sum(map(_is_read_pending, this.waiting))
         # A prompt that began is finished: half of it is of no use to anybody.
         begun = [r.request_id for r in this.running if r.is_prefill_chunk]
         for job_id in (*begun, *order):
             request = by_id[job_id]
             if job_id in ready_ids or job_id in choice.active:
                 continue
-            num_blocks = self._num_blocks_to_run(request)
-            if num_blocks > room:
+            is_full = len(choice.active) + len(choice.returning) >= num_places
+            if is_full and len(choice.reads) >= min(MAX_READS_PER_STEP, num_readers):
+                break
+            num_needed = 0 if room is None else self._num_blocks_to_run(request)
+            if room is not None and num_needed > room:
                 continue
             if _is_read_pending(request):
-                if len(choice.reads) < MAX_READS_PER_STEP:
-                    choice.reads.append(job_id)
-                    room -= num_blocks
+                if len(choice.reads) >= MAX_READS_PER_STEP:
+                    continue
+                choice.reads.append(job_id)
+            elif is_full or not self._fits_loras(request, loras):
                 continue
-            if len(choice.active) + len(choice.returning) >= num_places:
-                continue
-            if not self._fits_loras(request, loras):
-                continue
-            room -= num_blocks
-            if self._is_swapped_out(request):
+            elif self._is_swapped_out(request):
                 choice.returning.append(job_id)
             else:
                 choice.active[job_id] = None
+            if room is not None:
+                room -= num_needed
         return choice
 
     def _make_room(
@@ -252,7 +276,8 @@ class PolicyMixin:
         chosen = set(runs_next)
         sequence = runs_next + [job_id for job_id in order if job_id not in chosen]
         joiners = [i for i in choice.active if by_id[i].status != RequestStatus.RUNNING]
-        growth = sum(self._num_new_blocks(by_id[i]) for i in choice.active if i not in set(joiners))
+        entering = set(joiners)
+        growth = sum(self._num_new_blocks(by_id[i]) for i in (*admitted, *choice.active) if i not in entering)
         num_free = this.kv_cache_manager.block_pool.get_num_free_blocks()
         moves = self._swap_rule.choose(
             sequence,
@@ -273,9 +298,17 @@ class PolicyMixin:
         if self._host is not None:
             for job_id in moves.back_up:
                 self._back_up(by_id[job_id])
+        returning: list[str] = []
+        for job_id in moves.bring_back:
+            if self._is_still_here(by_id[job_id]):
+                # Nothing to load: it would run at once, and needs a place for that.
+                if len(choice.active) + len(admitted) >= self._max_batch_size:
+                    continue
+                choice.active[job_id] = None
+            returning.append(job_id)
         room = this.kv_cache_manager.block_pool.get_num_free_blocks() - growth
         entrants = []
-        for job_id in (*joiners, *moves.bring_back, *choice.reads):
+        for job_id in (*joiners, *returning, *choice.reads):
             num_blocks = self._num_blocks_to_run(by_id[job_id])
             if num_blocks <= room:
                 room -= num_blocks
@@ -294,13 +327,16 @@ class PolicyMixin:
                     room -= new_blocks
                     choice.active[request.request_id] = None
                     num_unused -= 1
+        if this.running and not (choice.active or entrants or admitted):
+            # Nobody's next block is free. The first one runs, and vLLM takes the last one's for it.
+            choice.active[this.running[0].request_id] = None
         return entrants
 
     def _holding(self, request: Request) -> Holding | None:
         if request.status == RequestStatus.RUNNING:
             num_blocks = self._num_blocks(request.num_computed_tokens)
             if self._host is None:
-                num_backed = num_blocks if request.num_preemptions < MAX_RECOMPUTES else 0
+                num_backed = num_blocks if request.num_preemptions < self._max_recomputes else 0
             else:
                 num_full = request.num_computed_tokens // _block_size(self)
                 is_saved = self._host.num_saved_tokens(request.request_id) >= num_full * _block_size(self)
@@ -392,16 +428,22 @@ class PolicyMixin:
         return self._num_blocks(max(request.num_tokens, request.num_computed_tokens + 1))
 
     def _num_new_blocks(self, request: Request) -> int:
-        if request.status == RequestStatus.RUNNING:
-            return self._num_blocks_to_run(request) - self._num_blocks(request.num_computed_tokens)
-        return self._num_blocks_to_run(request)
+        return self._num_blocks_to_run(request) - self._num_blocks(request.num_computed_tokens)
 
     def _is_swapped_out(self, request: Request) -> bool:
         return (
             self._host is not None
             and request.status == RequestStatus.PREEMPTED
+            and request.num_computed_tokens == 0
             and self._host.num_saved_tokens(request.request_id) > 0
         )
+
+    def _is_still_here(self, request: Request) -> bool:
+        """Swapped out, but no block of it has been used again yet."""
+        assert self._host is not None
+        this: Any = self
+        num_cached = this.kv_cache_manager.get_computed_blocks(request)[1]
+        return self._host.num_to_load(request, num_cached) == 0
 
     def _fits_loras(self, request: Request, loras: set[int]) -> bool:
         this: Any = self
@@ -419,7 +461,7 @@ class PolicyMixin:
             counters = {"num_recomputed_tokens": self._num_recomputed_tokens, "num_stalls": self._num_stalls}
             if self._host is not None:
                 counters |= self._host.counters()
-            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), STATS: counters}
+            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), SCHEDULER_STATS: counters}
         return stats
 
 
@@ -427,12 +469,8 @@ class MlfqScheduler(PolicyMixin, QuietScheduler):
     """For CPU, where vLLM schedules synchronously."""
 
 
-class SyncMlfqScheduler(PolicyMixin, Scheduler):
-    """For devices with `async_scheduling` off."""
-
-
 class AsyncMlfqScheduler(PolicyMixin, AsyncScheduler):
-    """For devices with `async_scheduling` on, vLLM's default there."""
+    """For other devices, where vLLM plans a step while the one before is computed."""
 
 
 @dataclass(slots=True)
@@ -443,6 +481,11 @@ class _Choice:
     """It is their turn, but their KV is on the host."""
     reads: list[str] = field(default_factory=list)
     """May begin to read their KV from the prefill worker."""
+
+    def entering(self, by_id: dict[str, Request]) -> list[str]:
+        """Of all these, who is in the waiting queue now, in the order in which vLLM shall take them."""
+        joiners = [i for i in self.active if by_id[i].status != RequestStatus.RUNNING]
+        return joiners + self.returning + self.reads
 
 
 def _refill(queue: Any, first: list[Request], everyone: Iterable[Request]) -> list[Request]:

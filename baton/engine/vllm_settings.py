@@ -44,6 +44,13 @@ class VllmEngineSettings:
     """Per rank. None: vLLM decides from free memory (sensible on a GPU that is all ours)."""
     max_batch_size: int = 64
     """Sequences in one step."""
+    scheduler: str = "fcfs"
+    """Who gets the next step: vLLM's own order, or a policy of `baton.scheduling.registry` by name."""
+    max_resident_sequences: int | None = None
+    """Sequences that hold KV at once, running or parked, where the scheduler preempts. None: four times
+    `max_batch_size`, so that arrivals find room to overtake."""
+    host_kv_bytes: int = 0
+    """Host memory per rank for KV of preempted sequences. 0: they are computed again."""
     max_num_batched_tokens: int | None = None
     """Tokens in one step; longer prompts are computed in chunks. None: vLLM's default."""
     tensor_parallel_size: int = 1
@@ -118,8 +125,9 @@ def set_environment(settings: VllmEngineSettings, side_channel_port: int) -> Non
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would silently override kv_cache_bytes
 
 
-def engine_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
-    """Keyword arguments of vLLM's AsyncEngineArgs, except the transfer's."""
+def engine_arguments(settings: VllmEngineSettings, *, has_drifted: bool = False) -> dict[str, Any]:
+    """Keyword arguments of vLLM's AsyncEngineArgs, except the transfer's. `has_drifted`: this vLLM is
+    not the one our scheduler knows, so it keeps its own."""
     arguments: dict[str, Any] = {
         "model": settings.model,
         "dtype": _dtype(settings),
@@ -145,6 +153,29 @@ def engine_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
     if settings.device == "cpu":
         arguments["scheduler_cls"] = "baton.engine.vllm_scheduler.QuietScheduler"
         arguments["worker_cls"] = "baton.engine.vllm_cpu_worker.BatonCPUWorker"
+    if settings.scheduler != "fcfs" and not has_drifted:
+        arguments |= _policy_arguments(settings)
+    return arguments
+
+
+def _policy_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
+    is_cpu = settings.device == "cpu"
+    name = "MlfqScheduler" if is_cpu else "AsyncMlfqScheduler"
+    is_decode = settings.role is WorkerRole.DECODE
+    num_residents = settings.max_resident_sequences or 4 * settings.max_batch_size
+    arguments: dict[str, Any] = {
+        "scheduler_cls": f"baton.engine.vllm_mlfq_scheduler.{name}",
+        "max_num_seqs": num_residents if is_decode else settings.max_batch_size,
+        "additional_config": {
+            "baton_scheduler": {
+                "policy": settings.scheduler,
+                "max_batch_size": settings.max_batch_size,
+                "is_offloaded": settings.host_kv_bytes > 0 and not is_cpu,
+            }
+        },
+    }
+    if not is_cpu:
+        arguments["async_scheduling"] = True
     return arguments
 
 
@@ -158,7 +189,36 @@ def _dtype(settings: VllmEngineSettings) -> str:
 
 
 def transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
-    """Keyword arguments of vLLM's KVTransferConfig. All roles get the same connector."""
+    """Keyword arguments of vLLM's KVTransferConfig. All roles get the same connector; with host memory
+    for KV, NIXL is asked first and the host second (`vllm_swap_connector` says why)."""
+    arguments = _nixl_arguments(settings)
+    if not settings.host_kv_bytes:
+        return arguments
+    if settings.transfer == "stream":
+        raise EngineFailed("host memory for KV is not available with streamed hand-offs; use transfer pull")
+    if settings.device == "cpu":
+        arguments["kv_connector"] = "SwappingNixlConnector"
+        arguments["kv_connector_module_path"] = "baton.engine.vllm_swap_connector"
+        arguments["kv_connector_extra_config"]["host_kv_bytes"] = settings.host_kv_bytes
+        return arguments
+    offload = {
+        "kv_connector": "SimpleCPUOffloadConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {
+            "cpu_bytes_to_use_per_rank": settings.host_kv_bytes,
+            # Copies what is about to be used again, ahead of its use, instead of every block that fills.
+            "lazy_offload": True,
+        },
+    }
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": arguments["kv_role"],
+        "kv_load_failure_policy": arguments["kv_load_failure_policy"],
+        "kv_connector_extra_config": {"connectors": [arguments, offload]},
+    }
+
+
+def _nixl_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
     is_streaming = settings.transfer == "stream"
     module = "nixl_stream_connector" if is_streaming else "nixl_connector"
     return {

@@ -14,6 +14,9 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from baton.contract.messages import WorkerLoad
 
+SCHEDULER_STATS = "baton_scheduler"
+"""Our scheduler's running totals among the connectors' statistics of a step."""
+
 
 class LoadGauge:
     """Owns the running totals and the latest `WorkerLoad`."""
@@ -35,6 +38,8 @@ class LoadGauge:
         self._num_kv_reads = 0
         self._num_kv_failures = 0
         self._num_preemptions = 0
+        self._num_scheduler_fallbacks = 0
+        self._swap_counters: dict[str, int] = {}
 
     def set_capacity(self, *, num_blocks: int, reads_per_transfer: int) -> None:
         """`reads_per_transfer`: each rank reads its own part and counts it."""
@@ -58,6 +63,10 @@ class LoadGauge:
         """Of a prompt that is done."""
         self._num_tail_tokens += num_tokens
 
+    def count_scheduler_fallback(self) -> None:
+        """The engine starts with vLLM's own scheduler although another was asked for."""
+        self._num_scheduler_fallbacks += 1
+
     def load(self) -> WorkerLoad:
         return WorkerLoad(
             num_running=self._num_running,
@@ -70,6 +79,13 @@ class LoadGauge:
             num_kv_transfers=self._num_kv_reads // self._reads_per_transfer,
             num_kv_transfer_failures=self._num_kv_failures,
             num_preemptions=self._num_preemptions,
+            num_swaps_out=self._swap_counters.get("num_swaps_out", 0),
+            num_swaps_in=self._swap_counters.get("num_swaps_in", 0),
+            num_swapped_bytes=self._swap_counters.get("num_bytes_out", 0)
+            + self._swap_counters.get("num_bytes_in", 0),
+            num_recomputed_tokens=self._swap_counters.get("num_recomputed_tokens", 0),
+            num_swap_stalls=self._swap_counters.get("num_stalls", 0),
+            num_scheduler_fallbacks=self._num_scheduler_fallbacks,
         )
 
     def logger_factory(self) -> Callable[..., StatLoggerBase]:
@@ -86,7 +102,10 @@ class LoadGauge:
             self._num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
             # Usage is the fraction in use of all blocks that can be handed out.
             self._num_free_blocks = round((1.0 - scheduler_stats.kv_cache_usage) * self._num_blocks)
-            if transfers := scheduler_stats.kv_connector_stats:
+            connectors = scheduler_stats.kv_connector_stats or {}
+            self._swap_counters = connectors.get(SCHEDULER_STATS, self._swap_counters)
+            # With several connectors each has its own part, by name.
+            if transfers := connectors.get("LeasedNixlConnector", _own(connectors)):
                 self._num_kv_bytes += int(sum(transfers["bytes_transferred"]))
                 self._num_kv_reads += len(transfers["bytes_transferred"])
                 if self._on_transfer is not None:
@@ -98,6 +117,11 @@ class LoadGauge:
             self._num_prefill_tokens += iteration_stats.prompt_token_stats.computed
             self._num_preemptions += iteration_stats.num_preempted_reqs
         self._on_step_end()
+
+
+def _own(stats: dict[str, Any]) -> dict[str, Any]:
+    """NIXL's numbers of a step, if there was a transfer."""
+    return stats if "bytes_transferred" in stats else {}
 
 
 class _GaugeLogger(StatLoggerBase):

@@ -3,6 +3,7 @@ fraction of a second, without torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from baton.contract.lifecycle import WorkerRole
@@ -22,17 +23,27 @@ DEFAULT_LEASE_S = 30
 DEFAULT_SIMULATED_MODEL_LEN = 32_768
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSchedule:
+    """Which of a worker's sequences run, and where the others wait."""
+
+    policy: str = "fcfs"
+    max_resident_sequences: int | None = None
+    host_kv_gib: float = 0.0
+
+
 def build_engine(
     settings: WorkerSettings,
     role: WorkerRole,
     *,
     kv_lease_s: int = DEFAULT_LEASE_S,
     kv_load_failure_policy: Literal["recompute", "fail"] = "recompute",
+    schedule: EngineSchedule | None = None,
 ) -> Engine:
     """Who prefills gives the lease, who decodes has the failure policy."""
     if settings.engine == "simulated":
         return _simulated(settings, kv_lease_s, kv_load_failure_policy)
-    return _vllm(settings, role, kv_lease_s, kv_load_failure_policy)
+    return _vllm(settings, role, kv_lease_s, kv_load_failure_policy, schedule or EngineSchedule())
 
 
 def prefill_window_tokens(settings: WorkerSettings, wished: int | None) -> int | None:
@@ -90,6 +101,7 @@ def _vllm(
     role: WorkerRole,
     kv_lease_s: int,
     kv_load_failure_policy: Literal["recompute", "fail"],
+    schedule: EngineSchedule,
 ) -> Engine:
     from baton.engine.vllm_engine import VllmEngine
     from baton.engine.vllm_settings import VllmEngineSettings
@@ -106,6 +118,9 @@ def _vllm(
             block_size_tokens=settings.block_size_tokens,
             kv_cache_bytes=None if kv_cache_gib is None else int(kv_cache_gib * GIB),
             max_batch_size=settings.max_batch_size,
+            scheduler=schedule.policy,
+            max_resident_sequences=schedule.max_resident_sequences,
+            host_kv_bytes=int(schedule.host_kv_gib * GIB),
             max_num_batched_tokens=settings.max_num_batched_tokens,
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=settings.pipeline_parallel_size,
