@@ -19,10 +19,11 @@ import msgspec
 
 from baton.contract.errors import DuplicateRequest, ServingError, error_from_report
 from baton.contract.lifecycle import Outcome, Way, WorkerRole
-from baton.contract.messages import Placement, RequestReport, SequenceDelta, TokenLogprobs
+from baton.contract.messages import PhaseTimes, Placement, RequestReport, SequenceDelta, TokenLogprobs
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import num_token_ids
 from coordinator.http.exchange import Exchange
+from coordinator.http.sse import to_json
 from coordinator.http.tool_calls import ToolCallStyle
 from coordinator.intake import Intake, Submission
 
@@ -194,6 +195,13 @@ def echoed_logprobs(sequence: Sequence) -> list[TokenLogprobs | None]:
 def placement_headers(placements: tuple[Placement, ...]) -> bytes:
     """Who served the request, which way, and what of its prompt was cached; several values when its
     sequences were served apart. Complete but for hits that the engine tells at the end."""
+    if len(placements) == 1:  # nearly always, and per request: without a list of fields
+        (one,) = placements
+        predicted, found = one.predicted_hit_tokens, one.hit_tokens
+        head = _served_headers((_served(one),))
+        if predicted is not None:
+            head = b"%bx-baton-hit-tokens-predicted: %d\r\n" % (head, predicted)
+        return head if found is None else b"%bx-baton-hit-tokens: %d\r\n" % (head, found)
     return _served_headers(tuple(map(_served, placements))) + _header_lines(_hit_fields(placements))
 
 
@@ -240,6 +248,12 @@ def _shown(number: int | None) -> str | None:
     return None if number is None else str(number)
 
 
+def _slowest(reports: Seq[RequestReport]) -> PhaseTimes:
+    if len(reports) == 1:
+        return reports[0].phases
+    return max((r.phases for r in reports), key=lambda p: p.queue_s + p.prefill_s + p.handoff_s + p.decode_s)
+
+
 def _phase_fields(reports: Seq[RequestReport]) -> list[tuple[str, str]]:
     """Phase times of the sequence that took longest, in milliseconds: people read these."""
     phases = max(
@@ -257,7 +271,17 @@ def _phase_fields(reports: Seq[RequestReport]) -> list[tuple[str, str]]:
 
 def ending_headers(reports: Seq[RequestReport]) -> bytes:
     """What is known at the end only."""
-    return _header_lines(_phase_fields(reports))
+    if len(reports) > 1:
+        return _header_lines(_phase_fields(reports))
+    (one,) = reports
+    phases = one.phases
+    return (
+        b"x-baton-queue-ms: %.1f\r\nx-baton-prefill-ms: %.1f\r\nx-baton-handoff-ms: %.1f\r\n"
+        b"x-baton-decode-ms: %.1f\r\nx-baton-attempts: %d\r\nx-baton-kv-bytes: %d\r\n"
+    ) % (
+        phases.queue_s * 1e3, phases.prefill_s * 1e3, phases.handoff_s * 1e3, phases.decode_s * 1e3,
+        one.placement.num_attempts, one.kv_bytes,
+    )  # fmt: skip
 
 
 def ending_trailers(reports: Seq[RequestReport]) -> bytes:
@@ -265,15 +289,28 @@ def ending_trailers(reports: Seq[RequestReport]) -> bytes:
     return _header_lines([*_hit_fields([r.placement for r in reports]), *_phase_fields(reports)])
 
 
-def ending_document(reports: Seq[RequestReport]) -> dict[str, str]:
-    """All of the headers, for the usage event of a stream."""
+def ending_document(reports: Seq[RequestReport]) -> bytes:
+    """All of the headers as JSON, for the usage event of a stream; hits are summed over its choices."""
     placements = [report.placement for report in reports]
-    fields = [
-        *_served_fields(list(map(_served, placements))),
-        *_hit_fields(placements),
-        *_phase_fields(reports),
-    ]
-    return {name.replace("-", "_"): value for name, value in fields}
+    phases = _slowest(reports)
+    predicted = [p.predicted_hit_tokens for p in placements if p.predicted_hit_tokens is not None]
+    found = [p.hit_tokens for p in placements if p.hit_tokens is not None]
+    return (
+        b'{%b"hit_tokens_predicted":%b,"hit_tokens":%b,"queue_ms":%.1f,"prefill_ms":%.1f,'
+        b'"handoff_ms":%.1f,"decode_ms":%.1f,"attempts":%d,"kv_bytes":%d}'
+    ) % (
+        _served_document(tuple(map(_served, placements))),
+        b"%d" % sum(predicted) if predicted else b"null", b"%d" % sum(found) if found else b"null",
+        phases.queue_s * 1e3, phases.prefill_s * 1e3, phases.handoff_s * 1e3, phases.decode_s * 1e3,
+        max([p.num_attempts for p in placements]), sum([report.kv_bytes for report in reports]),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _served_document(served: tuple[Served, ...]) -> bytes:
+    """The first members of an object, each with its comma."""
+    fields = _served_fields(served)
+    return b"".join(b'"%b":%b,' % (n.replace("-", "_").encode(), to_json(value)) for n, value in fields)
 
 
 def _header_lines(fields: list[tuple[str, str]]) -> bytes:

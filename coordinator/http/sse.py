@@ -57,10 +57,10 @@ class ChunkFormat:
                 fields["prompt_token_ids"] = prompt_token_ids
         return b"".join((self._choice(index), to_json(fields)[1:], tail, usage, _EVENT_END))
 
-    def usage_event(self, usage: dict[str, Any], ending: dict[str, str]) -> bytes:
+    def usage_event(self, usage: dict[str, Any], ending: bytes) -> bytes:
         """The last event before [DONE]: benchmark clients read usage from empty choices. `ending` is
-        ours: what the headers of a whole answer say."""
-        return b'%b],"usage":%b,"baton":%b}\n\n' % (self._base, to_json(usage), to_json(ending))
+        ours, JSON: what the headers of a whole answer say."""
+        return b'%b],"usage":%b,"baton":%b}\n\n' % (self._base, to_json(usage), ending)
 
     def _choice(self, index: int) -> bytes:
         return b'%b{"index":%d,' % (self._base, index)
