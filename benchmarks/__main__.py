@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from benchmarks import door, e2e, handoff, machine, peers, routing, twin_fidelity
+from benchmarks import door, e2e, handoff, machine, peers, placement, routing, twin_fidelity
 from benchmarks.figures import Report
 from benchmarks.layout import PEERS, RESULTS
 from benchmarks.load import LoadFailed, compile_tools
@@ -26,6 +26,7 @@ PEERS_OF = {
     "routing": (peers.DYNAMO,),
     "twin": (),
     "handoff": (),
+    "placement": (),
 }
 
 EXIT_NOT_READY = 3
@@ -34,7 +35,7 @@ EXIT_BAR_MISSED = 4
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench.sh", description="Baton beside its peers.")
-    parser.add_argument("name", choices=["door", "e2e", "handoff", "routing", "twin"])
+    parser.add_argument("name", choices=["door", "e2e", "handoff", "placement", "routing", "twin"])
     parser.add_argument("--quick", action="store_true", help="one short repeat: a check that everything runs")
     parser.add_argument(
         "--repeats",
@@ -75,6 +76,9 @@ def _run(options: argparse.Namespace, rows: list[str] | None, argv: list[str] | 
         elif options.name == "routing":
             parts = routing.QUICK if options.quick else routing.FULL
             report = routing.run(parts, repeats=options.repeats, rows=rows)
+        elif options.name == "placement":
+            trials = placement.QUICK if options.quick else placement.FULL
+            report = placement.run(trials, is_quick=options.quick)
         elif options.name == "twin":
             twin = twin_fidelity.QUICK if options.quick else twin_fidelity.FULL
             report = twin_fidelity.run(twin, repeats=options.repeats, rows=rows)

@@ -14,6 +14,7 @@ from typing import Any
 from baton.fleet_file import write_fleet_file
 from baton.settings import SettingsError, load
 from baton.step_time import ModelShape, UnsupportedShape, load_shape
+from baton.step_time.profile import ProfileError
 from baton.workload import WorkloadError
 from placement import validate_command
 from placement.cluster import Cluster, ClusterError, parse_cluster
@@ -24,13 +25,21 @@ from placement.plans import SplitPlan
 from placement.report import as_json, candidate_json, text
 from placement.settings import PlanSettings
 from placement.slo import Slo
-from placement.sources import RooflineSource, distserve_source
+from placement.sources import RooflineSource, distserve_source, profile_source
 from placement.workers import Source
 from placement.workload import Workload, load_workload
 
 EXIT_USAGE, EXIT_INFEASIBLE = 2, 3
 
-BAD_QUESTION = (ClusterError, WorkloadError, UnsupportedShape, ModelDoesNotFit, NotLaunchable, SettingsError)
+BAD_QUESTION = (
+    ClusterError,
+    ModelDoesNotFit,
+    NotLaunchable,
+    ProfileError,
+    SettingsError,
+    UnsupportedShape,
+    WorkloadError,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,6 +133,9 @@ def _sources(settings: PlanSettings, cluster: Cluster, shape: ModelShape) -> tup
             source: Source = distserve_source(shape.name, cluster.prefill.gpu)
         except ValueError as error:
             raise SettingsError(str(error)) from None
+        return source, source
+    if settings.step_times != "roofline":
+        source = profile_source(settings.step_times)
         return source, source
     prefill = RooflineSource(cluster.prefill.gpu, shape)
     return prefill, prefill if cluster.is_shared else RooflineSource(cluster.decode.gpu, shape)

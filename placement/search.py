@@ -27,7 +27,7 @@ SLACK = 1.06
 """A phase alone is not quite a bound: pooled prefill hands decode a smoother stream than Poisson."""
 NEAR = 0.97
 """Plans within so much of the best are searched too: the interval may not tell them apart."""
-NUM_FINALISTS = 6
+NUM_FINALISTS = 4
 CHUNKS = (512, 2048)
 MAX_TRIED = 400
 

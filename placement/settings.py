@@ -42,8 +42,10 @@ class PlanSettings:
     mode: Literal["joint", "high-affinity", "low-affinity"] = option(
         "joint", "search over everything, or one of DistServe's two algorithms"
     )
-    step_times: Literal["roofline", "distserve"] = option(
-        "roofline", "where step times come from; `distserve`: published constants of OPT-13B and OPT-66B"
+    step_times: str = option(
+        "roofline",
+        "where step times come from: `roofline`, `distserve` (published constants of OPT-13B and OPT-66B), "
+        "or files of `baton profile` with commas between them, one per split",
     )
     tensor_parallel_sizes: str | None = option(
         None, "the only ones to try, like 1,2,3,4; absent: powers of two"

@@ -1,8 +1,9 @@
-"""Where step times come from: the roofline, or constants that DistServe published."""
+"""Where step times come from: the roofline, constants that DistServe published, or measured profiles."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from baton.step_time import (
     GpuSpec,
@@ -15,6 +16,7 @@ from baton.step_time import (
     shape_by_name,
 )
 from baton.step_time.distserve import CONSTANTS, KV_TOKENS, distserve
+from baton.step_time.profile import Profile, ProfileError, load_profile
 from placement.cluster import Split
 
 
@@ -95,3 +97,47 @@ def distserve_source(model: str, gpu: GpuSpec) -> DistServeSource:
             f"not {model} on {gpu.name}"
         )
     return DistServeSource(name)
+
+
+@dataclass(frozen=True)
+class ProfileSource:
+    """What `baton profile` measured, one file per split; other splits are not known and not tried."""
+
+    profiles: tuple[Profile, ...]
+
+    @cached_property
+    def by_split(self) -> dict[Split, Profile]:
+        return {Split(p.tensor_parallel_size, p.pipeline_parallel_size): p for p in self.profiles}
+
+    @property
+    def name(self) -> str:
+        return f"{self.profiles[0].model}, measured for {', '.join(map(str, self.by_split))}"
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        return self.profiles[0].model_shape().kv_bytes_per_token
+
+    @property
+    def error_band(self) -> float | None:
+        """The worst held-out step of all files."""
+        return max(profile.held_out.worst_error for profile in self.profiles)
+
+    def step_time(self, split: Split) -> StepTime | None:
+        profile = self.by_split.get(split)
+        return None if profile is None else profile.step_time()
+
+    def kv_tokens(self, split: Split) -> int:
+        profile = self.by_split.get(split)
+        return 0 if profile is None else profile.kv_tokens
+
+
+def profile_source(paths: str) -> ProfileSource:
+    """Files with commas between them. Raises ProfileError."""
+    profiles = tuple(load_profile(path.strip()) for path in paths.split(","))
+    if len({profile.model for profile in profiles}) > 1:
+        models = ", ".join(sorted({profile.model for profile in profiles}))
+        raise ProfileError(f"the profiles are of different models: {models}")
+    source = ProfileSource(profiles)
+    if len(source.by_split) < len(profiles):
+        raise ProfileError(f"{len(profiles)} profiles, but only {len(source.by_split)} different splits")
+    return source

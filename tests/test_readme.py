@@ -14,10 +14,11 @@ from baton.launch_plan import ServeSettings
 from baton.worker.both import BothWorkerSettings
 from coordinator.settings import CoordinatorSettings
 from decode_worker.settings import DecodeWorkerSettings
+from placement.settings import PlanSettings
 from prefill_worker.settings import PrefillWorkerSettings
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/routing.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/routing.md", "docs/planning.md"]
 
 
 def flags_of(settings: type) -> set[str]:
@@ -34,6 +35,9 @@ KNOWN_FLAGS = {
     "start_prefill_fleet.sh": flags_of(PrefillWorkerSettings) | WORKER_FLEET,
     "start_decode_fleet.sh": flags_of(DecodeWorkerSettings) | WORKER_FLEET,
     "start_both_fleet.sh": flags_of(BothWorkerSettings) | WORKER_FLEET,
+    "start_fleet.sh": {"--node", "--coordinator"},
+    "plan.sh": flags_of(PlanSettings),
+    "plan": flags_of(PlanSettings),
     "submit.sh": {"--address", "--max-tokens"},
     "stop_fleet.sh": {"--timeout-s"},
     "test.sh": {"--quick"},

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
 from baton.fleet_file import FleetFileError, read_fleet_file
+from baton.step_time import StepWork, shape_by_name
+from baton.step_time.profile import Fits, HeldOut, LinearFit, MeasuredStep, Profile, save_profile
 from placement.__main__ import main
 
 LENGTHS = "lognormal:600,1,max=4000/lognormal:100,1,max=800"
@@ -78,6 +81,34 @@ def test_a_plot_is_written(capsys, tmp_path: Path):
     path = tmp_path / "curves.png"
     assert plan(capsys, *FEASIBLE, "--plot", str(path))[0] == 0
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_measured_profiles_are_a_source_for_the_splits_they_have(capsys, tmp_path: Path):
+    path = tmp_path / "profile.json"
+    save_profile(measured_profile(), path)
+    arguments = [*FEASIBLE, "--model", "Qwen3-0.6B", "--ttft", "0.2", "--step-times", str(path)]
+    code, out, _ = plan(capsys, *arguments)
+    assert code == 0
+    assert "Qwen3-0.6B, measured for TP1" in out and "TP2" not in out
+    code, _, err = plan(capsys, *FEASIBLE, "--step-times", str(tmp_path / "gone.json"))
+    assert code == 2 and "gone.json" in err
+    code, _, err = plan(capsys, *FEASIBLE, "--step-times", f"{path},{path}")
+    assert code == 2 and "only 1 different splits" in err
+
+
+def measured_profile() -> Profile:
+    work = StepWork(num_prefill_tokens=512, num_prefill_pairs=131_328.0)
+    return Profile(
+        model="Qwen3-0.6B", shape=asdict(shape_by_name("Qwen3-0.6B")), tensor_parallel_size=1,
+        pipeline_parallel_size=1, measured_at="2026-11-21T06:00:00+00:00", hardware={}, software={},
+        settings={}, kv_tokens=50_000, max_batch_size=64, max_step_tokens=2048, leg_overhead_s=0.0,
+        steps=[MeasuredStep(**work._asdict(), seconds=0.02, repeats_s=[0.02])], transfers=[],
+        fits=Fits(
+            prefill=LinearFit(base_s=0.004, per_prefill_token_s=3e-5),
+            decode=LinearFit(base_s=0.003, per_decode_s=1e-4, per_context_token_s=3e-8),
+        ),
+        held_out=HeldOut(mean_error=0.02, worst_error=0.05, num_steps=1), link=None,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
