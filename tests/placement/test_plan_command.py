@@ -87,8 +87,8 @@ def test_measured_profiles_are_a_source_for_the_splits_they_have(capsys, tmp_pat
     path = tmp_path / "profile.json"
     save_profile(measured_profile(), path)
     arguments = [*FEASIBLE, "--model", "Qwen3-0.6B", "--ttft", "0.2", "--step-times", str(path)]
-    code, out, _ = plan(capsys, *arguments)
-    assert code == 0
+    code, out, err = plan(capsys, *arguments)
+    assert code == 0, err
     assert "Qwen3-0.6B, measured for TP1" in out and "TP2" not in out
     code, _, err = plan(capsys, *FEASIBLE, "--step-times", str(tmp_path / "gone.json"))
     assert code == 2 and "gone.json" in err
@@ -97,12 +97,13 @@ def test_measured_profiles_are_a_source_for_the_splits_they_have(capsys, tmp_pat
 
 
 def measured_profile() -> Profile:
-    work = StepWork(num_prefill_tokens=512, num_prefill_pairs=131_328.0)
+    works = (StepWork(512, 131_328.0), StepWork(num_decodes=4, num_context_tokens=2000))
     return Profile(
         model="Qwen3-0.6B", shape=asdict(shape_by_name("Qwen3-0.6B")), tensor_parallel_size=1,
         pipeline_parallel_size=1, measured_at="2026-11-21T06:00:00+00:00", hardware={}, software={},
         settings={}, kv_tokens=50_000, max_batch_size=64, max_step_tokens=2048, leg_overhead_s=0.0,
-        steps=[MeasuredStep(**work._asdict(), seconds=0.02, repeats_s=[0.02])], transfers=[],
+        steps=[MeasuredStep(**work._asdict(), seconds=0.02, repeats_s=[0.02]) for work in works],
+        transfers=[],
         fits=Fits(
             prefill=LinearFit(base_s=0.004, per_prefill_token_s=3e-5),
             decode=LinearFit(base_s=0.003, per_decode_s=1e-4, per_context_token_s=3e-8),
