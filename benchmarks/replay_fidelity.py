@@ -27,6 +27,7 @@ from baton.policy import registry
 from baton.replay import FleetShape, ReplayResult, ReplaySettings, Slo, replay, spread
 from baton.simulation import SimulatedWorkerSettings
 from baton.step_time import StepWork
+from baton.worker.engines import SATURATING_TOKENS
 from baton.workload import Trace, read_trace, sped_up
 from benchmarks.figures import Bar, Figure
 from benchmarks.peers import DYNAMO
@@ -93,13 +94,17 @@ class Variant:
     is_product: bool = False
 
 
-PRODUCT = Variant(name="baton", is_product=True)
+WINDOW = {"prefill_window_tokens": SATURATING_TOKENS["cuda"]}
+"""What a vLLM prefill worker on CUDA asks for when nothing else is said."""
 SHORTEST = {"prefill_scheduler": "shortest-prefill:0.05,1"}
+P_TOKEN = {"prefill_policy": "p-token"}
+PRODUCT = Variant(name="baton", settings=WINDOW, is_product=True)
 VARIANTS = (
     PRODUCT,
-    Variant(name="baton p-token", settings={"prefill_policy": "p-token"}),
-    Variant(name="baton, short prompts first", settings=SHORTEST),
-    Variant(name="baton p-token, short prompts first", settings={"prefill_policy": "p-token", **SHORTEST}),
+    Variant(name="baton, no window"),
+    Variant(name="baton p-token, no window", settings=P_TOKEN),
+    Variant(name="baton, no window, short prompts first", settings=SHORTEST),
+    Variant(name="baton p-token, no window, short prompts first", settings=P_TOKEN | SHORTEST),
 )
 
 
@@ -263,7 +268,12 @@ def _comparison(theirs: Peer, cell: Cell, trace: Trace, num_repeats: int) -> lis
     for variant in VARIANTS:
         runs = [ours(cell, trace, seed=seed, **variant.settings) for seed in range(num_repeats)]
         found += _against(variant, cell, runs, kv_router)
-    same = [ours(cell, trace, seed=seed, first_token_by="decode") for seed in range(num_repeats)]
+        if variant.is_product and cell == CELLS[0]:
+            found += _speed(cell, runs, kv_router)
+    same = [
+        ours(cell, trace, seed=seed, first_token_by="decode", **PRODUCT.settings)
+        for seed in range(num_repeats)
+    ]
     found.append(
         Figure(
             row="replay_ttft_mean_first_token_by_decode",
@@ -305,6 +315,23 @@ def _against(variant: Variant, cell: Cell, runs: list[Outcome], kv_router: list[
     ]
 
 
+def _speed(cell: Cell, runs: list[Outcome], kv_router: list[Outcome]) -> list[Figure]:
+    """Of the whole replay in one thread: policy, ledger and index included."""
+    return [
+        Figure(
+            row="replay_speed",
+            subject=f"{name}, {cell}",
+            unit="requests per CPU second",
+            spread=over_repeats([run.requests_per_cpu_s for run in outcomes]),
+            bar=bar,
+        )
+        for name, outcomes, bar in (
+            ("baton", runs, Bar(">=", 2000)),
+            ("dynamo kv_router", kv_router, None),
+        )
+    ]
+
+
 def _overload(theirs: Peer, trace: Trace, num_repeats: int) -> list[Figure]:
     """More than the fleet can take, and small caches: who waits where?"""
     kv_router = [theirs.play(OVERLOAD, "kv_router") for _ in range(num_repeats)]
@@ -318,8 +345,8 @@ def _overload(theirs: Peer, trace: Trace, num_repeats: int) -> list[Figure]:
         )
     ]
     ways: list[tuple[str, dict[str, Any]]] = [
-        ("baton", {}),
-        ("baton --queue-timeout-s 2", {"queue_timeout_s": 2.0}),
+        ("baton", PRODUCT.settings),
+        ("baton --queue-timeout-s 2", PRODUCT.settings | {"queue_timeout_s": 2.0}),
     ]
     for name, changes in ways:
         runs = [ours(OVERLOAD, trace, seed=seed, **changes) for seed in range(num_repeats)]
