@@ -15,6 +15,7 @@ from baton.workload import HotspotWorkload, SingleTurnWorkload, Trace, parse_len
 from benchmarks.figures import Bar, Figure, Report
 from benchmarks.live_fleet import LiveFleet
 from benchmarks.samples import spread
+from benchmarks.servers import cpu_seconds
 from benchmarks.trace_load import Answered, Loop, play
 
 MAX_DEVIATION_PERCENT = 20.0
@@ -53,6 +54,7 @@ def measure(report: Report, *, repeats: int) -> None:
             report, fleet, "shared_system_prompt", _shared(512), "open", repeats, {"prefill": 8, "decode": 8}
         )
     _stuck(report, repeats)
+    _many_workers(report)
 
 
 def _single_turn(num_requests: int, *, output: str) -> Trace:
@@ -136,3 +138,43 @@ def _stuck(report: Report, repeats: int) -> None:
             note="one of 8 prefill workers; an equal share would be 12.5 %",
         )
     )
+
+
+def _many_workers(report: Report) -> None:
+    """128 prefill and 128 decode workers in four processes: what 256 cost the coordinator."""
+    with LiveFleet("balance-256") as fleet:
+        fleet.start_coordinator()
+        for number in range(2):
+            fleet.start_worker("prefill", f"p{number}", *ENGINE, *SLOW, num_workers=64)
+            fleet.start_worker("decode", f"d{number}", *ENGINE, *FAST, num_workers=64)
+        fleet.wait_until_ready()
+        trace = SingleTurnWorkload(
+            num_requests=3000,
+            rate_per_s=200.0,
+            prompt=parse_lengths("lognormal:600,0.5,max=4000"),
+            output=parse_lengths("fixed:4"),
+        ).generate(seed=1)
+        before = cpu_seconds([fleet.coordinator])
+        answers = play(fleet.address, trace)
+        cpu_ms = (cpu_seconds([fleet.coordinator]) - before) / len(answers) * 1e3
+    end_s = max(answer.sent_s + answer.e2e_s for answer in answers)
+    note = f"{len(answers)} requests in {end_s:.1f} s, {trace.rate_per_s:.0f} a second offered, 4 tokens each"
+    report.figures.append(
+        Figure(
+            row="balance_256_workers",
+            subject="coordinator's CPU per request",
+            unit="ms",
+            spread=spread([cpu_ms]),
+            note=note + ", heartbeats of all workers included",
+        )
+    )
+    for role in ("prefill", "decode"):
+        report.figures.append(
+            Figure(
+                row="balance_256_workers",
+                subject=f"{role}, 128 workers",
+                unit="%",
+                spread=spread([_deviation_percent(answers, role, 128)]),
+                note=f"largest deviation from the mean of {len(answers) / 128:.0f} requests a worker",
+            )
+        )
