@@ -8,7 +8,7 @@ every request. Fits minimise relative errors with coefficients that are never ne
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import median
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from benchmarks.trace_load import Answered, play
 
 PROMPT_LENGTHS = (64, 256, 512, 1024, 1536, 2048)
 CONCURRENCIES = (1, 4, 8, 16)
-NUM_OUTPUT_TOKENS = 40
+NUM_OUTPUT_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ def measure_pace(address: str, *, repeats: int = 4) -> MeasuredPace:
     }
     # The first of each length may find a kernel or a connection cold.
     prefill_s = {
-        length: fmean(a.report.phases.prefill_s for a in found[1:]) for length, found in alone.items()
+        length: median(a.report.phases.prefill_s for a in found[1:]) for length, found in alone.items()
     }
     prefill = _fit([[1.0, length, prefill_pairs(length)] for length in prefill_s], list(prefill_s.values()))
     together = [(concurrency, length) for concurrency in CONCURRENCIES for length in (128, 1024)]
@@ -47,13 +47,13 @@ def measure_pace(address: str, *, repeats: int = 4) -> MeasuredPace:
     for concurrency, length in together:
         trace = _trace(concurrency, length, NUM_OUTPUT_TOKENS)
         found = play(address, trace, salt=2_000_000 + 100 * length + concurrency)
-        # While some are still being prefilled others decode in smaller batches: the last one's pace counts.
-        step_s.append(min(_decode_step_s(answer) for answer in found))
-        rows.append([1.0, concurrency, concurrency * (length + NUM_OUTPUT_TOKENS / 2)])
+        batch, seconds = _decode_batch(found)
+        step_s.append(seconds)
+        rows.append([1.0, batch, batch * (length + NUM_OUTPUT_TOKENS / 2)])
     base_s, per_decode_s, per_context_s = _fit(rows, step_s)
     decode = LinearStepTime(base_s=base_s, per_decode_s=per_decode_s, per_context_token_s=per_context_s)
     handoff_s = {
-        length: fmean(answer.report.phases.handoff_s for answer in found[1:])
+        length: median(answer.report.phases.handoff_s for answer in found[1:])
         - decode.step_s(StepWork(num_decodes=1, num_context_tokens=length))
         for length, found in alone.items()
     }
@@ -78,9 +78,15 @@ def _trace(num_requests: int, length: int, num_output_tokens: int) -> Trace:
     ).generate(seed=1)
 
 
-def _decode_step_s(answer: Answered) -> float:
+def _decode_batch(found: list[Answered]) -> tuple[float, float]:
+    """(sequences in a step, its seconds), averaged: while some are still being prefilled, others decode
+    in smaller batches."""
+    ends = [answer.sent_s + answer.e2e_s for answer in found]
+    decode_s = [answer.report.phases.decode_s for answer in found]
+    starts = [end - seconds for end, seconds in zip(ends, decode_s, strict=True)]
     # One token came from the prefill worker, the first of the decode worker ends the hand-off.
-    return answer.report.phases.decode_s / (answer.num_output_tokens - 2)
+    num_steps = sum(answer.num_output_tokens - 2 for answer in found)
+    return sum(decode_s) / (max(ends) - min(starts)), sum(decode_s) / num_steps
 
 
 def _fit(rows: list[list[float]], seconds: list[float]) -> list[float]:
