@@ -12,10 +12,11 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from benchmarks import door, e2e, handoff, machine, peers, placement, routing, twin_fidelity
 from benchmarks.figures import Report
-from benchmarks.layout import PEERS, RESULTS
+from benchmarks.layout import PEERS, RESULTS, TRACES
 from benchmarks.load import LoadFailed, compile_tools
 from benchmarks.servers import NotReady
 from benchmarks.trace_load import RequestsFailed
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--rows", metavar="A,B", help="only rows whose names start so; modes (handoff)")
     parser.add_argument("--peers-only", action="store_true", help="leave Baton out")
+    parser.add_argument("--traces", type=Path, metavar="DIR", default=TRACES, help="public traces (routing)")
     parser.add_argument("--json", action="store_true", help="one JSON object per figure instead of a table")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json and .md")
     options = parser.parse_args(argv)
@@ -75,7 +77,9 @@ def _run(options: argparse.Namespace, rows: list[str] | None, argv: list[str] | 
             report = handoff.run(amount, repeats=options.repeats, modes=rows)
         elif options.name == "routing":
             parts = routing.QUICK if options.quick else routing.FULL
-            report = routing.run(parts, repeats=options.repeats, rows=rows)
+            report = routing.run(
+                parts, is_quick=options.quick, traces=options.traces, repeats=options.repeats, rows=rows
+            )
         elif options.name == "placement":
             trials = placement.QUICK if options.quick else placement.FULL
             report = placement.run(trials, is_quick=options.quick)

@@ -7,11 +7,13 @@ every request. Fits minimise relative errors with coefficients that are never ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 
+from baton.contract.messages import RequestReport
 from baton.step_time import KvLink, LinearStepTime, StepWork, prefill_pairs
 from baton.step_time.least_squares import non_negative_least_squares
 from baton.workload import SingleTurnWorkload, Trace, parse_lengths
@@ -31,34 +33,58 @@ class MeasuredPace:
     """As if the bytes were tokens: `transfer_s(num_prompt_tokens)`."""
 
 
-def measure_pace(address: str, *, repeats: int = 4) -> MeasuredPace:
-    """Prompts share nothing with each other nor with any that other salts make."""
-    alone = {
-        length: play(address, _trace(repeats, length, 8), loop="one at a time", salt=1_000_000 + length)
-        for length in PROMPT_LENGTHS
-    }
-    # The first of each length may find a kernel or a connection cold.
-    prefill_s = {
-        length: median(a.report.phases.prefill_s for a in found[1:]) for length, found in alone.items()
-    }
-    prefill = _fit([[1.0, length, prefill_pairs(length)] for length in prefill_s], list(prefill_s.values()))
-    together = [(concurrency, length) for concurrency in CONCURRENCIES for length in (128, 1024)]
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """One pass over all lengths and concurrencies."""
+
+    alone: dict[int, list[Answered]]
+    """By prompt length, one at a time."""
+    together: list[tuple[int, list[Answered]]]
+    """Prompt length, and what was answered at once."""
+
+
+def observe(address: str, *, number: int, repeats: int = 4) -> Observed:
+    """Prompts share nothing with those of another number."""
+    salt = 10_000_000 * (number + 1)
+    return Observed(
+        {
+            length: play(address, _trace(repeats, length, 8), loop="one at a time", salt=salt + length)
+            for length in PROMPT_LENGTHS
+        },
+        [
+            (length, play(address, _trace(size, length, NUM_OUTPUT_TOKENS), salt=salt + 100 * length + size))
+            for size in CONCURRENCIES
+            for length in (128, 1024)
+        ],
+    )
+
+
+def fit_pace(observed: Sequence[Observed]) -> MeasuredPace:
+    """Of all passes together: before and after what is to be predicted, a drift of the machine between
+    them counts half."""
+    alone: dict[int, list[RequestReport]] = {length: [] for length in PROMPT_LENGTHS}
+    for run in observed:
+        for length, found in run.alone.items():
+            # The first of each length may find a kernel or a connection cold.
+            alone[length] += [answer.report for answer in found[1:]]
+    prefill = _fit(
+        [[1.0, length, prefill_pairs(length)] for length in alone],
+        [median(report.phases.prefill_s for report in reports) for reports in alone.values()],
+    )
     rows, step_s = [], []
-    for concurrency, length in together:
-        trace = _trace(concurrency, length, NUM_OUTPUT_TOKENS)
-        found = play(address, trace, salt=2_000_000 + 100 * length + concurrency)
+    for length, found in [batch for run in observed for batch in run.together]:
         batch, seconds = _decode_batch(found)
         step_s.append(seconds)
         rows.append([1.0, batch, batch * (length + NUM_OUTPUT_TOKENS / 2)])
     base_s, per_decode_s, per_context_s = _fit(rows, step_s)
     decode = LinearStepTime(base_s=base_s, per_decode_s=per_decode_s, per_context_token_s=per_context_s)
-    handoff_s = {
-        length: median(answer.report.phases.handoff_s for answer in found[1:])
+    handoff_s = [
+        median(report.phases.handoff_s for report in reports)
         - decode.step_s(StepWork(num_decodes=1, num_context_tokens=length))
-        for length, found in alone.items()
-    }
+        for length, reports in alone.items()
+    ]
     latency_s, per_token_s = _fit(
-        [[1.0, length] for length in handoff_s], [max(1e-4, value) for value in handoff_s.values()]
+        [[1.0, length] for length in alone], [max(1e-4, seconds) for seconds in handoff_s]
     )
     return MeasuredPace(
         prefill=LinearStepTime(

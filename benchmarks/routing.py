@@ -1,11 +1,14 @@
 """`bench.sh routing`: what routing costs, whether it balances, and what it is worth.
 
+    replay     what routing is worth, whole traces in virtual time               routing_replay
+    fidelity   our replay beside dynamo.replay, same traces and step times        replay_fidelity
     decision   one decision beside Dynamo's, in turns in the same run           routing_decision
     memory     resident memory under unique prefixes and changing workers       routing_memory
     balance    shares of work, real coordinator and simulated engines           routing_balance
     live       hits and times to first token on real vLLM engines               routing_live
 
-`--rows` takes the beginnings of these names. Each part is quiet-checked before it starts.
+`--rows` takes the beginnings of these names. Each part is quiet-checked before it starts. The first two
+need public traces (docs/workloads.md), in `../shared/traces` or where `--traces` says.
 """
 
 from __future__ import annotations
@@ -14,12 +17,23 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from benchmarks import peers, routing_balance, routing_decision, routing_live, routing_memory
+from benchmarks import (
+    peers,
+    replay_fidelity,
+    routing_balance,
+    routing_decision,
+    routing_live,
+    routing_memory,
+    routing_replay,
+)
 from benchmarks.cpu_time import quiet_check
 from benchmarks.figures import Report
 
 Part = Callable[[Report], None]
+
+NEED_TRACES = ("replay", "fidelity")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +67,16 @@ QUICK = Plan(
 )
 
 
-def run(plan: Plan, *, repeats: int | None, rows: Sequence[str] | None) -> Report:
+def run(
+    plan: Plan, *, is_quick: bool, traces: Path, repeats: int | None, rows: Sequence[str] | None
+) -> Report:
     """`repeats` overrides those of decisions and balance, and the rounds of the live part."""
     live = plan.live
     if live is not None and repeats is not None:
         live = routing_live.Plan(rounds=repeats, num_sessions=live.num_sessions)
     parts: dict[str, Part | None] = {
+        "replay": lambda report: report.figures.extend(routing_replay.figures(is_quick, traces)),
+        "fidelity": lambda report: report.figures.extend(replay_fidelity.figures(is_quick, traces)),
         "decision": lambda report: routing_decision.measure(
             report,
             str(peers.DYNAMO.python),
@@ -78,6 +96,11 @@ def run(plan: Plan, *, repeats: int | None, rows: Sequence[str] | None) -> Repor
             continue
         if part is None:
             report.remarks.append(f"{name}: left out of a quick run, it needs real engines.")
+            continue
+        if name in NEED_TRACES and not traces.is_dir():
+            report.remarks.append(
+                f"{name}: left out, {traces.name} is not there; --traces DIR says where it is."
+            )
             continue
         report.busy_before[name] = quiet_check()
         start_s = time.monotonic()

@@ -2,7 +2,7 @@
 
     virtual    `baton.replay` in virtual time beside simulated engines behind the real coordinator, the
                same step times, the same requests: what sockets, timers and the coordinator add
-    vllm       vLLM on CPU, 1P1D, measured one request at a time; then conversations on it, on simulated
+    vllm       vLLM on CPU, 1P1D, measured before and after conversations on it; then the same on simulated
                engines with the fitted step times, and in a replay with them
 
 A figure is the mean over the requests of one run; deviations are judged. Real time runs at the speed of
@@ -25,7 +25,7 @@ from benchmarks import fleets
 from benchmarks.cpu_time import quiet_check
 from benchmarks.figures import Bar, Figure, Report
 from benchmarks.live_fleet import LiveFleet
-from benchmarks.measured_pace import MeasuredPace, measure_pace
+from benchmarks.measured_pace import MeasuredPace, fit_pace, observe
 from benchmarks.samples import Spread, spread
 from benchmarks.trace_load import Answered, play
 
@@ -211,8 +211,9 @@ def _vllm(report: Report) -> None:
             fleet.start_worker(role, f"{role}-1", "--model", model, *VLLM_ENGINE)
         fleet.wait_until_ready()
         play(fleet.address, trace.first(6), salt=1)  # the first requests load kernels and shake hands
-        pace = measure_pace(fleet.address)
+        before = observe(fleet.address, number=0)
         found[VLLM] = [_observed(play(fleet.address, trace, loop="closed", salt=2))]
+        pace = fit_pace([before, observe(fleet.address, number=1)])
     _tell(report, pace)
     with LiveFleet("twin-fitted") as fleet:
         fleet.start_coordinator()

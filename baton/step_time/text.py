@@ -1,4 +1,5 @@
-"""A step-time model as a user writes it down: `MODEL@GPU`, `MODEL@GPUxTP`, or `linear:NAME=SECONDS,…`."""
+"""A step-time model as a user writes it down: `MODEL@GPU`, `MODEL@GPUxTP`, `linear:NAME=SECONDS,…`, or a
+profile's file, `NAME.json`."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import dataclasses
 
 from baton.step_time.base import StepTime
 from baton.step_time.linear import LinearStepTime
+from baton.step_time.profile import load_profile
 from baton.step_time.roofline import by_name
 from baton.step_time.shapes import shape_by_name
 
@@ -14,9 +16,11 @@ def parse_step_time(text: str) -> StepTime:
     """Raises ValueError with a sentence."""
     if text.startswith("linear:"):
         return _linear(text.removeprefix("linear:"))
+    if text.endswith(".json"):
+        return load_profile(text).step_time()
     model, _, gpu = text.rpartition("@")
     if not model:
-        raise ValueError(f"{text!r}, expected MODEL@GPU, MODEL@GPUxTP or linear:NAME=SECONDS,…")
+        raise ValueError(f"{text!r}, expected MODEL@GPU, MODEL@GPUxTP, linear:NAME=SECONDS,… or PROFILE.json")
     name, _, ranks = gpu.rpartition("x")
     if name and ranks.isdigit():
         return by_name(name, shape_by_name(model), int(ranks))

@@ -52,8 +52,8 @@ class WorkerSettings:
     )
     simulated_step_time: str | None = option(
         None,
-        "simulated engine: how long steps take, instead of the two above: MODEL@GPU, MODEL@GPUxTP or "
-        "linear:base_s=0.004,per_prefill_token_s=2e-5,… with the names of baton.step_time.LinearStepTime",
+        "simulated engine: how long steps take, instead of the two above: MODEL@GPU, MODEL@GPUxTP, a file "
+        "of `baton profile` (.json), or linear:base_s=0.004,per_prefill_token_s=2e-5,…",
         metavar="WHICH",
     )
     simulated_num_workers: int = option(

@@ -20,6 +20,7 @@ def test_a_model_on_a_gpu():
     ("text", "says"),
     [
         ("h100", "expected MODEL@GPU"),
+        ("absent.json", "cannot read the profile absent.json"),
         ("llama-3-8b@h1000", "h1000"),
         ("lama@h100", "lama"),
         ("linear:base=1", "'base' is no part of a linear step time, known: base_s, num_stages"),
