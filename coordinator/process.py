@@ -15,6 +15,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 from pathlib import Path
 
 import uvloop
@@ -37,6 +38,7 @@ from coordinator.prompts import FleetPrompts
 from coordinator.served_names import ServedNames
 from coordinator.settings import CoordinatorSettings
 from coordinator.tokenizer import FleetTokenizer
+from coordinator.workload_log import WorkloadLog
 from coordinator.zmq_door import ZmqDoor
 
 logger = logging.getLogger("baton.coordinator")
@@ -67,6 +69,8 @@ async def _live(settings: CoordinatorSettings) -> int:
     )
     try:
         log = None if settings.decision_log is None else DecisionLog(Path(settings.decision_log))
+        asked_for = settings.workload_log
+        workload_log = None if asked_for is None else WorkloadLog(Path(asked_for), time.time)
     except OSError as error:
         event(logger, "start failed", level=logging.ERROR, reason=f"{error.filename}: {error.strerror}")
         return EXIT_FAILURE
@@ -83,6 +87,8 @@ async def _live(settings: CoordinatorSettings) -> int:
     names = ServedNames(settings.served_model_name, coordinator)
     metrics = Metrics()
     coordinator.on_finished.append(metrics.on_finished)
+    if workload_log is not None:
+        coordinator.on_finished.append(workload_log.on_finished)
     _add_gauges(metrics, core)
     http = HttpDoor(
         coordinator,
@@ -121,6 +127,8 @@ async def _live(settings: CoordinatorSettings) -> int:
     tokenizer.close()
     if log is not None:
         log.close()
+    if workload_log is not None:
+        workload_log.close()
     event(logger, "coordinator stopped")
     return EXIT_OK
 

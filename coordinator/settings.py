@@ -63,6 +63,12 @@ class CoordinatorSettings:
         "absent: not recorded, which is faster",
         metavar="FILE",
     )
+    workload_log: str | None = option(
+        None,
+        "append each finished request's arrival and lengths to FILE, for `baton plan --watch` and `baton "
+        "replay`; 16 MiB, then FILE.1; absent: not recorded",
+        metavar="FILE",
+    )
     max_queued: int = option(4096, "requests waiting for a worker; beyond it clients hear 429")
     max_attempts: int = option(3, "how often one request is tried on the fleet")
     transfer_failure_policy: Literal["recompute", "fail"] = option(

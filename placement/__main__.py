@@ -46,6 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if any(argument.partition("=")[0] == "--validate" for argument in argv):
         return validate_command.main(argv)
+    if any(argument.partition("=")[0] == "--watch" for argument in argv):
+        from placement import watch_command  # it asks with `question` below
+
+        return watch_command.main(argv)
     settings = load(
         PlanSettings, argv, prog="baton plan",
         description="Which parallelism and how many workers for each phase, or colocated workers.",
@@ -79,8 +83,9 @@ def run(settings: PlanSettings) -> int:
     return 0
 
 
-def question(settings: PlanSettings) -> tuple[Problem, Workload, list[str]]:
-    """What was asked, and what should be said about it. Raises one of BAD_QUESTION."""
+def question(settings: PlanSettings, recorded: Workload | None = None) -> tuple[Problem, Workload, list[str]]:
+    """What was asked, and what should be said about it. `recorded` replaces the settings' workload. Raises
+    one of BAD_QUESTION."""
     try:
         slo = Slo(ttft_s=settings.ttft, tpot_s=settings.tpot, attainment=settings.attainment)
     except ValueError as error:
@@ -92,7 +97,7 @@ def question(settings: PlanSettings) -> tuple[Problem, Workload, list[str]]:
         cluster = cluster.limited_to(settings.budget)
     assert settings.model is not None and settings.workload is not None
     shape = load_shape(settings.model)
-    workload = load_workload(
+    workload = recorded or load_workload(
         settings.workload,
         burstiness=settings.burstiness,
         prefix_hits=settings.prefix_hits,
