@@ -15,19 +15,25 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 from baton.contract.errors import ServingError
-from baton.fleet_file import FleetFile, NodeFleet
+from baton.fleet_file import ROLES, FleetFile, NodeFleet
+from baton.settings import as_flags
 from baton.step_time import StepWork, prefill_pairs
 from baton.step_time.profile import Profile, load_profile
 from benchmarks import machine
 from benchmarks.figures import Bar, Figure
 from benchmarks.fleets import demo_model
 from benchmarks.layout import DEMO_MODEL, SCRATCH
-from benchmarks.live_fleets import fleet
+from benchmarks.live_fleet import LiveFleet
 from benchmarks.samples import spread
 from benchmarks.servers import NotReady
+from coordinator.settings import CoordinatorSettings
 from placement.running import predicted_fleet
 from placement.slo import Slo
 from placement.validate import AWAY_POINTS, Validation, as_json, table, validate
@@ -37,7 +43,7 @@ EXIT_NOT_READY, EXIT_BAR_MISSED = 3, 4
 SHAPES = ((1, 1), (2, 1))
 KNEE_REQUESTS = 4_000
 PROFILE_BUDGET_S = 60.0
-COORDINATOR = {"tokenizer": "none", "prefill_policy": "p-token", "decode_policy": "smallest-batch"}
+COORDINATOR = {"prefill_policy": "p-token", "decode_policy": "smallest-batch"}
 """The policies that are simulated."""
 
 SIMULATED = {
@@ -64,6 +70,23 @@ def fleet_file(num_prefill: int, num_decode: int, settings: dict[str, object]) -
     return FleetFile(
         nodes=[node], settings={"coordinator": COORDINATOR, "prefill": settings, "decode": settings}
     )
+
+
+@contextmanager
+def running(file: FleetFile, name: str) -> Iterator[str]:
+    """host:port of the ZeroMQ door of a fleet as the file says. Engines start one after the other: together
+    they would share the cores and take longer."""
+    folder = SCRATCH / "live"
+    folder.mkdir(parents=True, exist_ok=True)
+    with LiveFleet(name) as live:
+        live.start_coordinator(*as_flags(CoordinatorSettings(**file.settings["coordinator"])))
+        for role in ROLES:
+            config = folder / f"{name}-{role}.yaml"
+            config.write_text(yaml.safe_dump(file.settings.get(role, {})), encoding="utf-8")
+            for number in range(file.num_workers(role)):
+                live.start_worker(role, f"{role}-{number}", "--config", config)
+                live.wait_until_ready()
+        yield live.address
 
 
 def measured_profile(path: Path) -> Profile:
@@ -103,7 +126,7 @@ def run(
     (requests,) = workload.request_sets(num_requests, num_sets=1, seed=0)
     longest = max(knee_requests.max_prompt_tokens, requests.max_prompt_tokens)
     predicted = predicted_fleet(file, profile, longest_prompt=longest)
-    with fleet(file, name, SCRATCH / "live") as address:
+    with running(file, name) as address:
         found = validate(
             address, predicted, requests, knee_requests, slo, rates_per_s=rates,
             say=lambda text: print(f"== {name}: {text}", file=sys.stderr, flush=True),

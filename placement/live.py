@@ -1,7 +1,8 @@
 """Requests sent to a running fleet at planned times, and when their tokens came.
 
 Open loop: a request is sent when its time has come, whatever became of the others, and its latency counts
-from the planned time. Prompts are random token ids, so that no prefix cache answers more than predicted.
+from the planned time. Prompts are random token ids without a seed: a prompt that was sent before, at another
+rate or in another run, would be answered by the prefix cache.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ class Observed:
     keep up as a client."""
 
 
-async def play(address: str, requests: Requests, rate_per_s: float, *, seed: int = 0) -> Observed:
+async def play(address: str, requests: Requests, rate_per_s: float) -> Observed:
     """`address`: host:port of the coordinator's ZeroMQ door."""
     count = len(requests)
     ttft_s, tpot_s, late_s = np.full(count, np.inf), np.full(count, np.inf), np.zeros(count)
     failures: list[str] = []
-    draw = random.Random(seed)
+    draw = random.Random()
     prompts = [
         draw.choices(range(FIRST_TOKEN_ID, LAST_TOKEN_ID + 1), k=int(length))
         for length in requests.num_prompt_tokens
@@ -78,11 +79,9 @@ async def play(address: str, requests: Requests, rate_per_s: float, *, seed: int
     )
 
 
-async def solo_ttft_s(
-    address: str, num_prompt_tokens: int, *, repeats: int = 5, seed: int = 0
-) -> list[float]:
+async def solo_ttft_s(address: str, num_prompt_tokens: int, *, repeats: int = 5) -> list[float]:
     """Times to first token of requests that are alone in the fleet, after one that nobody counts."""
-    draw = random.Random(seed)
+    draw = random.Random()
     found = []
     async with AsyncBatonClient(address, timeout_s=SILENCE_S) as client:
         for number in range(repeats + 1):

@@ -1,12 +1,14 @@
+import asyncio
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from baton.contract.messages import RequestDelta
 from baton.fleet_file import FleetFile, NodeFleet
+from placement import live, validate_command
 from placement import validate as validate_module
-from placement import validate_command
 from placement.live import Observed
 from placement.requests import make_requests
 from placement.running import NotPredictable, predicted_fleet
@@ -89,7 +91,7 @@ def live_fleet(monkeypatch: pytest.MonkeyPatch, *, slower: float = 1.0) -> None:
     """Answers as the simulator says, only `slower`, 5 ms after it in every TTFT."""
     truth = predicted_fleet(fleet_file(), None, longest_prompt=900)
 
-    async def play(address, sample, rate, *, seed=0):
+    async def play(address, sample, rate):
         done = simulate(truth, sample, rate)
         timings = Timings(done.ttft_s * slower + 0.005, done.tpot_s * slower)
         return Observed(timings, 0, None, 0.001)
@@ -147,3 +149,28 @@ def test_bad_questions_end_with_a_sentence(tmp_path: Path, capsys, flags: list[s
         code = exit_.code  # type: ignore[assignment]
     assert code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_no_prompt_is_sent_twice(monkeypatch: pytest.MonkeyPatch):
+    """A repeated prompt would be answered by the prefix cache, and the fleet would look faster than it is."""
+    sent: list[tuple[int, ...]] = []
+
+    class Client:
+        def __init__(self, address: str, **_options: object) -> None: ...
+
+        async def __aenter__(self) -> "Client":
+            return self
+
+        async def __aexit__(self, *_error: object) -> None: ...
+
+        async def submit(self, prompt: list[int], **_options: object):
+            sent.append(tuple(prompt))
+            yield RequestDelta(request_id="r", token_ids=[1], text="")
+
+    monkeypatch.setattr(live, "AsyncBatonClient", Client)
+    sample = requests(20)
+    for _ in range(2):
+        observed = asyncio.run(live.play("nowhere", sample, 1_000.0))
+        assert observed.num_failed == 0
+        assert np.isfinite(observed.timings.ttft_s).all()
+    assert len(sent) == len(set(sent)) == 40
