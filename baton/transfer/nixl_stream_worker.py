@@ -97,6 +97,7 @@ class StreamWorker(LeasedPullWorker):
         self._by_epoch: dict[int, str] = {}
         """Epoch → request, of all reservations that a source was told of."""
         self._registered: set[tuple[int, str]] = set()
+        self._first_write_s: dict[str, float] = {}
         self._greeted: set[str] = set()
         self._handshaken: queue.SimpleQueue[tuple[str, bool]] = queue.SimpleQueue()
         self._aborted_early: set[str] = set()
@@ -312,6 +313,7 @@ class StreamWorker(LeasedPullWorker):
         source, epoch = message.source, message.epoch
         match message:
             case BlocksWritten(seq=seq, total=total):
+                self._first_write_s.setdefault(req_id, time.monotonic())
                 self._tell(WriteArrived(handoff_id=req_id, epoch=epoch, source=source, seq=seq, total=total))
             case StreamKnown():
                 self._tell(SourceReassured(handoff_id=req_id, epoch=epoch, source=source))
@@ -333,6 +335,7 @@ class StreamWorker(LeasedPullWorker):
                         CancelStream(handoff_id=handoff_id, destination=self.nixl_wrapper.name, epoch=epoch),
                     )
                 case Activate(req_id):
+                    self._count_arrived(req_id)
                     self._end(req_id, is_good=True)
                 case GiveUp(req_id, reason):
                     logger.warning(
@@ -387,6 +390,16 @@ class StreamWorker(LeasedPullWorker):
             logger.warning("kv stream notice not sent: source=%s %s", source, error)
             self._probe(source)
 
+    def _count_arrived(self, req_id: str) -> None:
+        """As a read would be counted; the time is that from the first write to the last."""
+        assert self._own is not None
+        num_blocks = len(self._reservations[req_id].block_ids)
+        data = self.xfer_stats.data
+        data["transfer_duration"].append(time.monotonic() - self._first_write_s[req_id])
+        data["post_duration"].append(0.0)
+        data["bytes_transferred"].append(num_blocks * sum(self._own.block_bytes))
+        data["num_descriptors"].append(num_blocks * len(self._own.base_addresses))
+
     def _end(self, req_id: str, *, is_good: bool) -> None:
         """vLLM may use the blocks, or free them: nobody writes to them any more."""
         del self._reservations[req_id]
@@ -394,6 +407,7 @@ class StreamWorker(LeasedPullWorker):
             del self._by_epoch[epoch]
         self._registered = {entry for entry in self._registered if entry[0] in self._by_epoch}
         self._given_up.discard(req_id)
+        self._first_write_s.pop(req_id, None)
         (self._done if is_good else self._failed).add(req_id)
 
     def _probe(self, source: str) -> None:

@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 
-from baton.contract.messages import KvSource
-from baton.contract.sampling import SamplingSpec
 from baton.engine.base import FinishedPrefill
 from baton.engine.vllm_settings import VllmEngineSettings, transfer_arguments
 from tests.engine.pair import EnginePair, LegResult, begin_prefill
+from tests.engine.streams import GREEDY, random_prompt, stream_source, streamed
 
 BLOCK, CHUNK = 32, 128
 LEASE_S = 3
-GREEDY = SamplingSpec(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,52 +44,6 @@ def faulty_transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
     }
 
 
-def random_prompt(num_tokens: int, seed: int = 0) -> list[int]:
-    rng = random.Random(f"{num_tokens}/{seed}")
-    return [rng.randrange(0, 2000) for _ in range(num_tokens)]
-
-
-def stream_source(pair: EnginePair, handoff_id: str, num_tokens: int) -> KvSource:
-    """What a decode worker has to know before the prefill has run."""
-    config = pair.prefill._llm.vllm_config
-    host, _, port = pair.prefill_description.transfer_endpoint.partition(":")
-    return KvSource(
-        lease_s=60.0,
-        num_tokens=num_tokens,
-        num_bytes=0,
-        transfer_params={
-            "do_remote_prefill": True,
-            "do_remote_decode": False,
-            "baton_stream_id": handoff_id,
-            "remote_engine_id": config.kv_transfer_config.engine_id,
-            "remote_host": host,
-            "remote_port": int(port),
-            "tp_size": config.parallel_config.tensor_parallel_size,
-            "remote_num_tokens": num_tokens,
-        },
-    )
-
-
-async def streamed(
-    pair: EnginePair, prompt: list[int], *, decode_after_s: float | None = None, fault: str = "none"
-) -> tuple[FinishedPrefill, LegResult]:
-    """`decode_after_s`: the decode worker comes late. None: it comes first."""
-    handoff_id = f"{fault}-{pair.new_handoff_id()}"
-    source = stream_source(pair, handoff_id, len(prompt))
-
-    def decode() -> asyncio.Future[LegResult]:
-        return pair.begin_decode(prompt, GREEDY, source, handoff_id)
-
-    decoding = decode() if decode_after_s is None else None
-    prefilling = begin_prefill(pair.prefill, pair.prefill_listener, prompt, GREEDY, handoff_id)
-    if decoding is None:
-        await asyncio.sleep(decode_after_s or 0.0)
-        decoding = decode()
-    finished, result = await asyncio.gather(prefilling, decoding)
-    assert isinstance(finished, FinishedPrefill), finished.error
-    return finished, result
-
-
 def expected_tokens(pair: EnginePair, prompt: list[int]) -> list[int]:
     result = pair.run(pair.colocated(prompt, GREEDY))
     pair.run(pair.forget_prefixes())
@@ -105,6 +57,21 @@ def test_streamed_output_equals_a_colocated_run(vllm_pair: EnginePair, num_token
     _, result = vllm_pair.run(streamed(vllm_pair, prompt), timeout_s=40.0)
     assert result.error is None
     assert result.token_ids == expected
+    vllm_pair.run(vllm_pair.wait_until_free())
+
+
+@pytest.mark.parametrize("writes", ["layer", "end"])
+def test_when_it_is_written_does_not_change_the_answer(vllm_pair: EnginePair, writes: str) -> None:
+    """Layer by layer some arrive before the step has ended; a late registration catches up."""
+    prompt = random_prompt(4 * CHUNK + 5, seed=11)
+    expected = expected_tokens(vllm_pair, prompt)
+    for after_s in (None, 0.1):
+        _, result = vllm_pair.run(
+            streamed(vllm_pair, prompt, writes=writes, decode_after_s=after_s), timeout_s=40.0
+        )
+        assert result.error is None
+        assert result.token_ids == expected
+        vllm_pair.run(vllm_pair.forget_prefixes())
     vllm_pair.run(vllm_pair.wait_until_free())
 
 
@@ -160,11 +127,18 @@ def test_prefix_hits_on_either_side(vllm_pair: EnginePair, side: str, num_cached
         vllm_pair.run(vllm_pair.run_decode(prompt[:num_cached], GREEDY))
     else:
         vllm_pair.run(vllm_pair.run_prefill(prompt[:num_cached], GREEDY, keep_kv=False))
+    before = vllm_pair.decode.load()
     finished, result = vllm_pair.run(streamed(vllm_pair, prompt), timeout_s=40.0)
+    after = vllm_pair.decode.load()
     assert result.error is None
     assert result.token_ids == expected
+    num_blocks = -(-len(prompt) // BLOCK)
     if side == "prefill":
         assert finished.delta.num_cached_tokens == num_cached
+    else:
+        num_blocks -= num_cached // BLOCK
+    received_bytes = after.num_kv_bytes_received - before.num_kv_bytes_received
+    assert received_bytes == num_blocks * vllm_pair.decode_description.capacity.kv_bytes_per_block
     vllm_pair.run(vllm_pair.forget_prefixes())
     vllm_pair.run(vllm_pair.wait_until_free())
 

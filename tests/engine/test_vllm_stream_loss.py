@@ -1,0 +1,90 @@
+"""An engine is killed while KV streams: the other one frees what nobody can write to any more."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.engine.base import FinishedPrefill
+from tests.engine.pair import EnginePair, LegResult, begin_prefill
+from tests.engine.streams import GREEDY, random_prompt, stream_source
+from tests.engine.test_vllm_stream import CHUNK, faulty_transfer_arguments
+
+LEASE_S = 3
+
+
+@pytest.fixture
+def vllm_pair(demo_model: Path) -> Iterator[EnginePair]:
+    pair = EnginePair(demo_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("baton.engine.vllm_engine.transfer_arguments", faulty_transfer_arguments)
+        pair.run(
+            pair.start(
+                transfer="stream", max_num_batched_tokens=CHUNK, kv_lease_s=LEASE_S, kv_cache_bytes=64 << 20
+            ),
+            timeout_s=240.0,
+        )
+    yield pair
+    pair.close()
+
+
+def kill_engine(engine: Any) -> None:
+    for process in engine._llm.engine_core.resources.engine_manager.processes:
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def begin_slow_stream(pair: EnginePair) -> tuple[str, asyncio.Future[Any], asyncio.Future[LegResult]]:
+    """Its prefill takes more than a second."""
+    handoff_id = f"slow-{pair.new_handoff_id()}"
+    prompt = random_prompt(10 * CHUNK, seed=30)
+    source = stream_source(pair, handoff_id, len(prompt))
+    decoding = pair.begin_decode(prompt, GREEDY, source, handoff_id)
+    prefilling = begin_prefill(pair.prefill, pair.prefill_listener, prompt, GREEDY, handoff_id)
+    return handoff_id, prefilling, decoding
+
+
+def test_a_prefill_engine_is_killed(vllm_pair: EnginePair) -> None:
+    async def story() -> LegResult:
+        _, _, decoding = begin_slow_stream(vllm_pair)
+        await asyncio.sleep(0.6)
+        kill_engine(vllm_pair.prefill)
+        return await asyncio.wait_for(decoding, 30.0)
+
+    result = vllm_pair.run(story(), timeout_s=40.0)
+    assert result.token_ids == []
+    assert result.error is not None
+    assert result.error.code == "kv_transfer_failed"
+    capacity = vllm_pair.decode_description.capacity
+    assert vllm_pair.decode.load().num_free_blocks == capacity.num_blocks
+    alone = vllm_pair.run(vllm_pair.run_decode(random_prompt(CHUNK, seed=31), GREEDY))
+    assert len(alone.token_ids) == GREEDY.max_tokens
+
+
+def test_a_decode_engine_is_killed(vllm_pair: EnginePair) -> None:
+    async def story() -> FinishedPrefill | LegResult:
+        _, prefilling, _ = begin_slow_stream(vllm_pair)
+        await asyncio.sleep(0.6)
+        kill_engine(vllm_pair.decode)
+        finished: FinishedPrefill | LegResult = await asyncio.wait_for(prefilling, 30.0)
+        return finished
+
+    finished = vllm_pair.run(story(), timeout_s=40.0)
+    assert isinstance(finished, FinishedPrefill)
+    assert finished.kv_source is not None, "held for another decode worker"
+
+    async def wait_until_free() -> None:
+        deadline_s = time.monotonic() + 2.0 * LEASE_S
+        while vllm_pair.prefill.load().num_free_blocks != vllm_pair.num_blocks()[0]:
+            assert time.monotonic() < deadline_s, "blocks are held after the lease"
+            await asyncio.sleep(0.05)
+
+    vllm_pair.run(wait_until_free(), timeout_s=30.0)
+    again = vllm_pair.run(vllm_pair.run_prefill(random_prompt(CHUNK, seed=32), GREEDY, keep_kv=False))
+    assert isinstance(again, FinishedPrefill)
