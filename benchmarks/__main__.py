@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks import door, e2e, handoff, machine, peers, placement, routing, twin_fidelity
+from benchmarks import door, e2e, machine, peers, placement, routing, twin_fidelity
 from benchmarks.figures import Report
 from benchmarks.layout import PEERS, RESULTS, TRACES
 from benchmarks.load import LoadFailed, compile_tools
@@ -73,6 +73,9 @@ def _run(options: argparse.Namespace, rows: list[str] | None, argv: list[str] | 
         peer.install()
     try:
         if options.name == "handoff":
+            # Only now: it brings vLLM, half a gigabyte that would be measured with everybody else.
+            from benchmarks import handoff
+
             amount = handoff.QUICK if options.quick else handoff.FULL
             report = handoff.run(amount, repeats=options.repeats, modes=rows)
         elif options.name == "routing":
