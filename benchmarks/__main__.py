@@ -25,6 +25,7 @@ PEERS_OF = {
     "door": peers.ALL,
     "e2e": (peers.VLLM_ROUTER,),
     "routing": (peers.DYNAMO,),
+    "replay": (peers.DYNAMO,),
     "twin": (),
     "handoff": (),
     "placement": (),
@@ -36,7 +37,7 @@ EXIT_BAR_MISSED = 4
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench.sh", description="Baton beside its peers.")
-    parser.add_argument("name", choices=["door", "e2e", "handoff", "placement", "routing", "twin"])
+    parser.add_argument("name", choices=["door", "e2e", "handoff", "placement", "replay", "routing", "twin"])
     parser.add_argument("--quick", action="store_true", help="one short repeat: a check that everything runs")
     parser.add_argument(
         "--repeats",
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--rows", metavar="A,B", help="only rows whose names start so; modes (handoff)")
     parser.add_argument("--peers-only", action="store_true", help="leave Baton out")
-    parser.add_argument("--traces", type=Path, metavar="DIR", default=TRACES, help="public traces (routing)")
+    parser.add_argument("--traces", type=Path, metavar="DIR", default=TRACES, help="public traces (replay)")
     parser.add_argument("--json", action="store_true", help="one JSON object per figure instead of a table")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/NAME.json and .md")
     options = parser.parse_args(argv)
@@ -80,9 +81,9 @@ def _run(options: argparse.Namespace, rows: list[str] | None, argv: list[str] | 
             report = handoff.run(amount, repeats=options.repeats, modes=rows)
         elif options.name == "routing":
             parts = routing.QUICK if options.quick else routing.FULL
-            report = routing.run(
-                parts, is_quick=options.quick, traces=options.traces, repeats=options.repeats, rows=rows
-            )
+            report = routing.run(parts, repeats=options.repeats, rows=rows)
+        elif options.name == "replay":
+            report = routing.run_replay(is_quick=options.quick, traces=options.traces, rows=rows)
         elif options.name == "placement":
             trials = placement.QUICK if options.quick else placement.FULL
             report = placement.run(trials, is_quick=options.quick)

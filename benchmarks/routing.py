@@ -1,14 +1,17 @@
-"""`bench.sh routing`: what routing costs, whether it balances, and what it is worth.
+"""`bench.sh routing`: what a decision costs, whether work is shared evenly, and what real engines say.
 
-    replay     what routing is worth, whole traces in virtual time               routing_replay
-    fidelity   our replay beside dynamo.replay, same traces and step times        replay_fidelity
     decision   one decision beside Dynamo's, in turns in the same run           routing_decision
     memory     resident memory under unique prefixes and changing workers       routing_memory
     balance    shares of work, real coordinator and simulated engines           routing_balance
     live       hits and times to first token on real vLLM engines               routing_live
 
-`--rows` takes the beginnings of these names. Each part is quiet-checked before it starts. The first two
-need public traces (docs/workloads.md), in `../shared/traces` or where `--traces` says.
+`bench.sh replay`: what routing is worth, whole public traces in virtual time. Nothing in it is a matter of
+this machine's speed, except how fast the replay itself is; it may run beside other work.
+
+    replay     checks A4 to A10: every policy, per trace and load               routing_replay
+    fidelity   our replay beside dynamo.replay, same traces and step times      replay_fidelity
+
+`--rows` takes the beginnings of these names.
 """
 
 from __future__ import annotations
@@ -30,10 +33,9 @@ from benchmarks import (
 )
 from benchmarks.cpu_time import quiet_check
 from benchmarks.figures import Report
+from benchmarks.servers import NotReady
 
 Part = Callable[[Report], None]
-
-NEED_TRACES = ("replay", "fidelity")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,16 +69,12 @@ QUICK = Plan(
 )
 
 
-def run(
-    plan: Plan, *, is_quick: bool, traces: Path, repeats: int | None, rows: Sequence[str] | None
-) -> Report:
+def run(plan: Plan, *, repeats: int | None, rows: Sequence[str] | None) -> Report:
     """`repeats` overrides those of decisions and balance, and the rounds of the live part."""
     live = plan.live
     if live is not None and repeats is not None:
         live = routing_live.Plan(rounds=repeats, num_sessions=live.num_sessions)
-    parts: dict[str, Part | None] = {
-        "replay": lambda report: report.figures.extend(routing_replay.figures(is_quick, traces)),
-        "fidelity": lambda report: report.figures.extend(replay_fidelity.figures(is_quick, traces)),
+    parts: dict[str, Part] = {
         "decision": lambda report: routing_decision.measure(
             report,
             str(peers.DYNAMO.python),
@@ -88,22 +86,34 @@ def run(
             report, num_requests=plan.memory_requests, is_judged=plan.is_memory_judged
         ),
         "balance": lambda report: routing_balance.measure(report, repeats=repeats or plan.balance_repeats),
-        "live": None if live is None else lambda report: routing_live.measure(report, live),
     }
     report = Report("routing")
+    if live is not None:
+        parts["live"] = lambda report: routing_live.measure(report, live)
+    else:
+        report.remarks.append("live: left out of a quick run, it needs real engines.")
+    return _run_parts(report, parts, rows)
+
+
+def run_replay(*, is_quick: bool, traces: Path, rows: Sequence[str] | None) -> Report:
+    """Raises NotReady without the public traces."""
+    if not traces.is_dir():
+        raise NotReady(f"no public traces in {traces}; --traces DIR says where they are (docs/workloads.md)")
+    parts: dict[str, Part] = {
+        "replay": lambda report: report.figures.extend(routing_replay.figures(is_quick, traces)),
+        "fidelity": lambda report: report.figures.extend(replay_fidelity.figures(is_quick, traces)),
+    }
+    return _run_parts(Report("replay"), parts, rows)
+
+
+def _run_parts(report: Report, parts: dict[str, Part], rows: Sequence[str] | None) -> Report:
     for name, part in parts.items():
         if rows is not None and not any(name.startswith(row) for row in rows):
-            continue
-        if part is None:
-            report.remarks.append(f"{name}: left out of a quick run, it needs real engines.")
-            continue
-        if name in NEED_TRACES and not traces.is_dir():
-            report.remarks.append(
-                f"{name}: left out, {traces.name} is not there; --traces DIR says where it is."
-            )
             continue
         report.busy_before[name] = quiet_check()
         start_s = time.monotonic()
         part(report)
-        print(f"routing: {name} took {time.monotonic() - start_s:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"{report.benchmark}: {name} took {time.monotonic() - start_s:.0f} s", file=sys.stderr, flush=True
+        )
     return report
