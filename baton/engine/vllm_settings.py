@@ -118,6 +118,7 @@ def set_environment(settings: VllmEngineSettings, side_channel_port: int) -> Non
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = settings.side_channel_host
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(side_channel_port)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"] = "1"
     if settings.device == "cpu":
         os.environ["OMP_NUM_THREADS"] = str(settings.num_threads_per_rank)
         os.environ["KMP_BLOCKTIME"] = "0"  # idle OpenMP threads sleep instead of spinning

@@ -21,6 +21,8 @@ from baton.contract.messages import KvEvent, SequenceDelta, StartDecode, StartPr
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
 from baton.engine.base import Engine, EngineDescription, FinishedPrefill
+from baton.policy.kv_feed import KvFeeds
+from baton.policy.kv_index import KvIndex
 
 T = TypeVar("T")
 
@@ -442,5 +444,31 @@ def test_many_at_once_each_get_their_own_answer(pair: Pair):
 
         assert await asyncio.gather(*map(through_both, prompts)) == alone
         await pair.all_free()
+
+    pair.run(scenario())
+
+
+def test_what_an_engine_tells_predicts_its_hits(pair: Pair):
+    """Three prompts of 100, continued, cut at a block's end, and again: the index, fed with what the engine
+    told so far, knows each hit before it happens."""
+
+    async def scenario() -> None:
+        assert pair.prefill_is.has_kv_events
+        index = KvIndex(BLOCK, seed=1)
+        feeds = KvFeeds(index)
+        feeds.joined(0, "boot")
+        starts = [pair.new_prompt(100) for _ in range(3)]
+        prompts = [*starts, *(start + pair.new_prompt(60) for start in starts), starts[0][:96], *starts]
+        hits = []
+        for number, prompt in enumerate(prompts):
+            await asyncio.sleep(0.1)  # events come by another way than outputs
+            events, pair.prefill_heard.kv_events = pair.prefill_heard.kv_events, []
+            feeds.received(0, "boot", number, events)
+            predicted = BLOCK * index.match(index.prompt(pack_token_ids(prompt))).num_blocks
+            finished = await pair.run_prefill(prompt, keep_kv=False)
+            assert finished.delta.num_cached_tokens == predicted
+            hits.append(predicted)
+        # 3 full blocks of 100 tokens; of 96 tokens, which are 3 blocks, the last is always computed
+        assert hits == [0, 0, 0, 96, 96, 96, 64, 96, 96, 96]
 
     pair.run(scenario())
