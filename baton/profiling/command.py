@@ -16,12 +16,14 @@ import msgspec
 from baton.contract.errors import ServingError
 from baton.contract.lifecycle import WorkerRole
 from baton.engine.base import EngineDescription
+from baton.profiling.from_tables import profile_from_tables
 from baton.profiling.grid import DEFAULT_STEP_TOKENS, grid
 from baton.profiling.measure import Measured, measure
 from baton.profiling.probe import MeasuringFailed, Probe
 from baton.profiling.report import report
 from baton.settings import SettingsError, load, option
 from baton.step_time import ModelShape, StepWork, UnsupportedShape, gpu_by_name, load_shape
+from baton.step_time.aiconfigurator import NotInstalled
 from baton.step_time.profile import Profile, save_profile
 from baton.step_time.profile_fit import Fitted, fit_link, fit_steps
 from baton.worker.engines import build_engine
@@ -38,6 +40,9 @@ class ProfileSettings(WorkerSettings):
     out: str = option("profile.json", "where the profile is written", metavar="FILE")
     budget_s: float = option(240.0, "seconds of measuring, engine start not counted")
     gpu: str | None = option(None, "scale this GPU's roofline instead of a linear fit: h100, a100, …")
+    tables: str | None = option(
+        None, "measure nothing: take aiconfigurator's tables of this system (h100_sxm), if it is installed"
+    )
     shape: str | None = option(
         None, "the model's shape where it is not a folder: a shipped name, config.json or YAML"
     )
@@ -65,8 +70,13 @@ def main(argv: list[str]) -> int:
         print(f"baton profile: {error}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        profile, fitted, left_out = asyncio.run(_profile(settings, shape))
-    except (ServingError, MeasuringFailed, ValueError) as error:
+        if settings.tables is not None:
+            name, tp = settings.model or shape.name, settings.tensor_parallel_size
+            profile, fitted = profile_from_tables(name, settings.tables, shape, tp)
+            left_out: list[str] = []
+        else:
+            profile, fitted, left_out = asyncio.run(_profile(settings, shape))
+    except (ServingError, MeasuringFailed, NotInstalled, ValueError) as error:
         print(f"baton profile: {error}", file=sys.stderr)
         return EXIT_FAILED
     except TimeoutError:

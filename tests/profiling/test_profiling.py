@@ -1,6 +1,7 @@
 """Measuring, against the simulated engine, whose step times are known."""
 
 import asyncio
+import sys
 
 import pytest
 
@@ -94,6 +95,24 @@ def test_the_command_writes_a_profile_that_loads(tmp_path, capsys):
 def test_bad_input_is_a_sentence_before_an_engine_starts(capsys, flags: list[str], sentence: str):
     assert main(flags) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_without_aiconfigurator_its_tables_are_a_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiconfigurator_core.sdk.engine", None)
+    flags = ["--model", "Qwen/Qwen3-32B", "--tables", "h100_sxm", "--out", str(tmp_path / "p.json")]
+    assert main(flags) == 1
+    assert "aiconfigurator 0.12 cannot be asked" in capsys.readouterr().err
+
+
+def test_the_installed_aiconfigurators_tables_become_a_profile(tmp_path, capsys):
+    pytest.importorskip("aiconfigurator_core", reason="aiconfigurator 0.12 is not installed")
+    out = tmp_path / "p.json"
+    flags = ["--model", "Qwen/Qwen3-32B", "--tensor-parallel-size", "2", "--tables", "h100_sxm"]
+    assert main([*flags, "--out", str(out)]) == 0
+    profile = load_profile(out)
+    assert profile.fits.gpu == "h100-sxm"
+    assert profile.held_out.mean_error < 0.06
+    assert "roofline of h100-sxm, scaled" in capsys.readouterr().out
 
 
 def test_a_budget_of_nothing_is_refused(capsys):

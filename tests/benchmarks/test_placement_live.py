@@ -1,0 +1,41 @@
+from benchmarks.placement_live import REAL_WORKLOAD, SIMULATED, figures_of, fleet_file
+from placement.running import predicted_fleet
+from placement.simulator import SplitFleet
+from placement.slo import Attainment
+from placement.validate import Row, Validation
+from placement.workload import load_workload
+
+
+def row(predicted: float, observed: float, *, is_at_knee: bool) -> Row:
+    times = (0.1, 0.2)
+    return Row(
+        rate_per_s=1.0,
+        predicted=Attainment(predicted, predicted, 1.0),
+        observed=Attainment(observed, observed, 1.0),
+        predicted_ttft_s=times,
+        observed_ttft_s=times,
+        predicted_tpot_s=times,
+        observed_tpot_s=times,
+        is_at_knee=is_at_knee,
+        num_failed=0,
+        late_s=0.0,
+    )
+
+
+def test_the_bar_looks_at_the_worst_rate_away_from_the_knee():
+    rows = [
+        row(1.0, 0.98, is_at_knee=False),
+        row(0.9, 0.5, is_at_knee=True),
+        row(0.1, 0.18, is_at_knee=False),
+    ]
+    away, at_knee = figures_of("1P1D", Validation(rows, 0.0, None))
+    assert round(away.spread.median, 6) == 0.08
+    assert away.holds is False
+    assert (at_knee.spread.median, at_knee.holds) == (0.4, None)
+
+
+def test_its_simulated_fleets_can_be_predicted_and_its_workloads_read():
+    fleet = predicted_fleet(fleet_file(2, 1, SIMULATED), None, longest_prompt=1_000)
+    assert isinstance(fleet, SplitFleet)
+    assert (fleet.num_prefill, fleet.num_decode) == (2, 1)
+    assert load_workload(REAL_WORKLOAD).num_prompt_tokens.max() <= 1_000
