@@ -134,6 +134,8 @@ async def test_one_process_can_be_several_simulated_workers(make_coordinator):
         registrations = coordinator.of(RegisterWorker)
         assert sorted(registration.worker_id for registration in registrations) == ["w-1", "w-2", "w-3"]
         assert len({registration.boot_id for registration in registrations}) == 3
+        for _ in registrations:  # one that has not heard its acceptance has nobody to say farewell to
+            await worker.line("worker ready")
         worker.signal(signal.SIGTERM)
         await coordinator.expect(WorkerLeaving, 6)
         assert await worker.exit_code() == 0
