@@ -102,6 +102,7 @@ PRODUCT = Variant(name="baton", settings=WINDOW, is_product=True)
 VARIANTS = (
     PRODUCT,
     Variant(name="baton, no window"),
+    Variant(name="baton p-token, window of 32,768", settings=P_TOKEN | {"prefill_window_tokens": 32_768}),
     Variant(name="baton p-token, no window", settings=P_TOKEN),
     Variant(name="baton, no window, short prompts first", settings=SHORTEST),
     Variant(name="baton p-token, no window, short prompts first", settings=P_TOKEN | SHORTEST),
