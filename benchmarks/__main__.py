@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace, rows: list[str] | None, argv: list[str] | 
             report = routing.run_replay(is_quick=options.quick, traces=options.traces, rows=rows)
         elif options.name == "placement":
             trials = placement.QUICK if options.quick else placement.FULL
-            report = placement.run(trials, is_quick=options.quick)
+            report = placement.run(trials, is_quick=options.quick, rows=rows)
         elif options.name == "twin":
             twin = twin_fidelity.QUICK if options.quick else twin_fidelity.FULL
             report = twin_fidelity.run(twin, repeats=options.repeats, rows=rows)

@@ -8,15 +8,20 @@ the paper's means, cut as it cuts them: the ShareGPT file it used is not part of
 from __future__ import annotations
 
 import math
+import sys
 import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from baton.contract.errors import ServingError
 from baton.step_time import gpu_by_name, shape_by_name
 from benchmarks import step_time
 from benchmarks.figures import Bar, Figure, Report
 from benchmarks.samples import Spread, spread
+from benchmarks.servers import NotReady
 from placement.cluster import Split, parse_cluster
 from placement.evaluation import Bench, Candidate, Problem, instant_table
 from placement.goodput import goodput_per_s
@@ -49,17 +54,38 @@ FULL = Effort(num_instances=30, num_paper_requests=10_000, num_repeats=3)
 QUICK = Effort(num_instances=3, num_paper_requests=1500, num_repeats=1)
 
 
-def run(effort: Effort, *, is_quick: bool) -> Report:
+def run(effort: Effort, *, is_quick: bool, rows: list[str] | None = None) -> Report:
+    """`rows` names sections; all of them without it, live fleets only when not quick. Raises NotReady."""
+    sections: dict[str, Callable[[], list[Figure]]] = {
+        "search": lambda: _search_times(effort),
+        "given": _given_capacities,
+        "effects": _effects,
+        "regret": lambda: _regret(effort),
+        "distserve": lambda: _published_answers(effort),
+        "gain": lambda: _gains(effort),
+        "step_time": lambda: step_time.figures(is_quick),
+        "live": _live,
+    }
+    if unknown := sorted(set(rows or ()) - set(sections)):
+        raise NotReady(f"no section {unknown[0]!r} in bench placement; there are {', '.join(sections)}")
     report = Report("placement")
-    report.figures += _search_times(effort)
-    report.figures += _given_capacities()
-    report.figures += _effects()
-    report.figures += _regret(effort)
-    report.figures += _published_answers(effort)
-    report.figures += _gains(effort)
-    report.figures += step_time.figures(is_quick)
+    for name, figures in sections.items():
+        if name in rows if rows else not (is_quick and name == "live"):
+            report.figures += figures()
     report.remarks += REMARKS
     return report
+
+
+def _live() -> list[Figure]:
+    """Predicted beside observed attainment of running fleets, simulated and real."""
+    from benchmarks import placement_live  # vLLM and sockets, for this section only
+
+    try:
+        with redirect_stdout(sys.stderr):  # its tables; figures alone go to stdout
+            found = placement_live.validations()
+    except (ServingError, ValueError) as error:
+        raise NotReady(str(error)) from error
+    return [figure for name, one in found.items() for figure in placement_live.figures_of(name, one)]
 
 
 REMARKS = [

@@ -43,6 +43,7 @@ EXIT_NOT_READY, EXIT_BAR_MISSED = 3, 4
 SHAPES = ((1, 1), (2, 1))
 KNEE_REQUESTS = 4_000
 PROFILE_BUDGET_S = 60.0
+REQUESTS_PER_RATE = 200
 COORDINATOR = {"prefill_policy": "p-token", "decode_policy": "smallest-batch"}
 """The policies that are simulated."""
 
@@ -163,30 +164,45 @@ def figures_of(name: str, found: Validation) -> list[Figure]:
     return figures
 
 
+def validations(
+    *,
+    is_quick: bool = False,
+    has_real: bool = True,
+    profile_path: Path | None = None,
+    num_requests: int = REQUESTS_PER_RATE,
+) -> dict[str, Validation]:
+    """By name of the fleet. Raises NotReady, ServingError or ValueError."""
+    found: dict[str, Validation] = {}
+    num_requests = 40 if is_quick else num_requests
+    for p, d in SHAPES[:1] if is_quick else SHAPES:
+        name = f"simulated-{p}P{d}D"
+        found[name] = run(
+            name, fleet_file(p, d, SIMULATED), None, SIMULATED_WORKLOAD, SIMULATED_SLO, num_requests,
+            [4.0, 30.0] if is_quick else None,
+        )  # fmt: skip
+    if has_real and not is_quick:
+        path = profile_path or SCRATCH / "live" / "profile.json"
+        profile = load_profile(path) if profile_path else measured_profile(path)
+        for p, d in SHAPES:
+            name = f"vllm-cpu-{p}P{d}D"
+            file = fleet_file(p, d, real_settings())
+            found[name] = run(name, file, profile, REAL_WORKLOAD, slo_of(profile), num_requests, None)
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.placement_live")
     parser.add_argument("--quick", action="store_true", help="simulated 1P1D, two rates: does it run?")
     parser.add_argument("--simulated-only", action="store_true", help="no real engines")
     parser.add_argument("--profile", type=Path, help="of the demo model, instead of measuring one")
-    parser.add_argument("--num-requests", type=int, default=200, help="sent at each rate")
+    parser.add_argument("--num-requests", type=int, default=REQUESTS_PER_RATE, help="sent at each rate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to a file")
     options = parser.parse_args(argv)
-    num_requests = 40 if options.quick else options.num_requests
-    found: dict[str, Validation] = {}
     try:
-        for p, d in SHAPES[:1] if options.quick else SHAPES:
-            name = f"simulated-{p}P{d}D"
-            found[name] = run(
-                name, fleet_file(p, d, SIMULATED), None, SIMULATED_WORKLOAD, SIMULATED_SLO, num_requests,
-                [4.0, 30.0] if options.quick else None,
-            )  # fmt: skip
-        if not (options.quick or options.simulated_only):
-            path = options.profile or SCRATCH / "live" / "profile.json"
-            profile = load_profile(path) if options.profile else measured_profile(path)
-            for p, d in SHAPES:
-                name = f"vllm-cpu-{p}P{d}D"
-                file = fleet_file(p, d, real_settings())
-                found[name] = run(name, file, profile, REAL_WORKLOAD, slo_of(profile), num_requests, None)
+        found = validations(
+            is_quick=options.quick, has_real=not options.simulated_only, profile_path=options.profile,
+            num_requests=options.num_requests,
+        )  # fmt: skip
     except (NotReady, ServingError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return EXIT_NOT_READY
