@@ -20,7 +20,7 @@ from itertools import count
 from baton.scheduling.base import JobFacts, Ranked
 
 MAX_OPEN = 3
-AGEING = 0.05
+AGEING = 0.1
 PER_TOKEN_S = 50e-6
 CHUNK_TOKENS = 2048
 
