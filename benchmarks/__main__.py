@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks import door, e2e, machine, peers, placement, routing, twin_fidelity
+from benchmarks import door, e2e, machine, peers, placement, preemption, routing, twin_fidelity
 from benchmarks.figures import Report
 from benchmarks.layout import PEERS, RESULTS, TRACES
 from benchmarks.load import LoadFailed, compile_tools
@@ -29,6 +29,7 @@ PEERS_OF = {
     "twin": (),
     "handoff": (),
     "placement": (),
+    "preemption": (),
 }
 
 EXIT_NOT_READY = 3
@@ -37,7 +38,9 @@ EXIT_BAR_MISSED = 4
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench.sh", description="Baton beside its peers.")
-    parser.add_argument("name", choices=["door", "e2e", "handoff", "placement", "replay", "routing", "twin"])
+    parser.add_argument(
+        "name", choices=["door", "e2e", "handoff", "placement", "preemption", "replay", "routing", "twin"]
+    )
     parser.add_argument("--quick", action="store_true", help="one short repeat: a check that everything runs")
     parser.add_argument(
         "--repeats",
@@ -87,6 +90,9 @@ def _run(options: argparse.Namespace, rows: list[str] | None, argv: list[str] | 
         elif options.name == "placement":
             trials = placement.QUICK if options.quick else placement.FULL
             report = placement.run(trials, is_quick=options.quick, rows=rows)
+        elif options.name == "preemption":
+            amount_preempted = preemption.QUICK if options.quick else preemption.FULL
+            report = preemption.run(amount_preempted, rows=rows)
         elif options.name == "twin":
             twin = twin_fidelity.QUICK if options.quick else twin_fidelity.FULL
             report = twin_fidelity.run(twin, repeats=options.repeats, rows=rows)

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from baton.scheduling import FirstIteration, Mlfq, ShortestPrefill, StepPolicy, by_name
+from baton.scheduling import FirstIteration, ShortestPrefill, StepPolicy, by_name
 from baton.simulation.settings import SimulatedWorkerSettings
 from baton.simulation.worker import SimulatedWorker
 from baton.step_time import LinearStepTime
@@ -186,12 +186,3 @@ def policy(workload: Workload, name: str) -> StepPolicy | None:
         )
     first_iteration = FirstIteration() if workload.is_decode else FirstIteration.of(workload.step_time)
     return by_name(name, first_iteration=first_iteration)
-
-
-def livelock(num_jobs: int) -> tuple[Served, Served]:
-    """Memory for few, recompute on return, many long jobs: (swapped, recomputed) by skip-join MLFQ."""
-    workload = replace(KV_LIMITED, name="livelock")
-    jobs = workload.jobs(seed=99, num_jobs=num_jobs)
-    recompute = serve(workload, jobs, Mlfq(starvation_s=3.0), workload.settings)
-    swap = serve(workload, jobs, Mlfq(starvation_s=3.0), replace(workload.settings, can_swap=True))
-    return swap, recompute
