@@ -53,6 +53,22 @@ class WorkerCapacity(msgspec.Struct, frozen=True, kw_only=True):
     """Over all layers and all tensor-parallel ranks."""
 
 
+class SchedulerCounters(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What preemption cost since the worker started (running totals)."""
+
+    num_swaps_out: int = 0
+    """Sequences whose KV left the device for host memory."""
+    num_swaps_in: int = 0
+    num_swapped_bytes: int = 0
+    """Both ways, per rank."""
+    num_recomputed_tokens: int = 0
+    """Computed a second time, after a preemption without a copy."""
+    num_stalls: int = 0
+    """Swaps that had to copy more than the last block at the moment of need."""
+    num_fallbacks: int = 0
+    """1: the engine's own scheduler runs although another was asked for."""
+
+
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """The engine's own counters after its latest step."""
 
@@ -66,17 +82,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     num_kv_transfers: int = 0
     num_kv_transfer_failures: int = 0
     num_preemptions: int = 0
-    num_swaps_out: int = 0
-    """Sequences whose KV left the device for host memory (a running total, like all that follow)."""
-    num_swaps_in: int = 0
-    num_swapped_bytes: int = 0
-    """Both ways, per rank."""
-    num_recomputed_tokens: int = 0
-    """Computed a second time, after a preemption without a copy."""
-    num_swap_stalls: int = 0
-    """Swaps that had to copy more than the last block at the moment of need."""
-    num_scheduler_fallbacks: int = 0
-    """1: the engine's own scheduler runs although another was asked for."""
+    scheduler: SchedulerCounters | None = None
+    """Of engines with a preempting scheduler."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -21,6 +21,19 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     structural_tag: str | None = None
 
 
+class ServiceWish(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a request asks of the workers' schedulers. Only preempting ones read it (docs/scheduling.md)."""
+
+    priority: int = 0
+    """Smaller is served first, among requests of one key."""
+    key: str = ""
+    """Tenant or session: service is shared between keys, however many requests each sends."""
+    deadline_s: float | None = None
+    """Wanted within so many seconds of reaching a worker. An order, not a promise."""
+    expected_output_tokens: int | None = None
+    """A guess of the answer's length. Wrong ones cost little."""
+
+
 class SamplingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Defaults are vLLM's. `max_tokens` is resolved by the door: it is never "unlimited"."""
 
@@ -47,8 +60,12 @@ class SamplingSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     structured_output: StructuredOutput | None = None
+    service: ServiceWish | None = None
+    """Not sampling, but it travels with it: from either door to both legs."""
 
 
+MAX_SERVICE_KEY = 128
+"""Characters."""
 MAX_STOP_STRINGS = 16
 """Each stop string is searched for at each token."""
 MAX_LOGPROBS = 20
@@ -106,6 +123,8 @@ def check_sampling(spec: SamplingSpec) -> None:
         raise _refused("max_tokens", spec.max_tokens, "at least 1")
     check_min_tokens(spec.min_tokens, spec.max_tokens)
     check_stop_strings(spec.stop)
+    if spec.service is not None:
+        check_service(spec.service)
     if spec.logit_bias is not None:
         for token_id, bias in spec.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
@@ -118,6 +137,20 @@ def check_sampling(spec: SamplingSpec) -> None:
                 f"structured_output sets {len(fields)} constraints ({', '.join(fields)}), expected one",
                 param="structured_output",
             )
+
+
+def check_service(wish: ServiceWish) -> None:
+    if abs(wish.priority) > INT32_MAX:
+        raise _refused("priority", wish.priority, f"{-INT32_MAX} to {INT32_MAX}")
+    if len(wish.key) > MAX_SERVICE_KEY:
+        raise InvalidRequest(
+            f"service.key has {len(wish.key)} characters, at most {MAX_SERVICE_KEY} are accepted",
+            param="service",
+        )
+    if wish.deadline_s is not None and not 0 < wish.deadline_s < float("inf"):
+        raise _refused("deadline_s", wish.deadline_s, "more than 0 seconds")
+    if wish.expected_output_tokens is not None and wish.expected_output_tokens < 1:
+        raise _refused("expected_output_tokens", wish.expected_output_tokens, "at least 1")
 
 
 def check_min_tokens(min_tokens: int, max_tokens: int) -> None:

@@ -68,8 +68,23 @@ def _params(
         detokenize=True,
         output_kind=RequestOutputKind.DELTA,
         skip_clone=True,  # made for one request and shared with nobody
-        extra_args={"kv_transfer_params": kv_transfer_params} if kv_transfer_params else None,
+        extra_args=_extra_args(spec, kv_transfer_params),
     )
+
+
+def _extra_args(spec: SamplingSpec, kv_transfer_params: dict[str, Any] | None) -> dict[str, Any] | None:
+    extra: dict[str, Any] = {}
+    if kv_transfer_params:
+        extra["kv_transfer_params"] = kv_transfer_params
+    if spec.service is not None:
+        # The scheduler's key, `vllm_mlfq_scheduler.OPTIONS`: not imported, it loads half of vLLM.
+        extra["baton_scheduler"] = {
+            "priority": spec.service.priority,
+            "key": spec.service.key,
+            "deadline_left_s": spec.service.deadline_s,
+            "num_expected_output_tokens": spec.service.expected_output_tokens,
+        }
+    return extra or None
 
 
 def _structured_outputs(wanted: StructuredOutput | None) -> StructuredOutputsParams | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from baton.contract.messages import WorkerLoad
+from baton.contract.messages import SchedulerCounters, WorkerLoad
 
 SCHEDULER_STATS = "baton_scheduler"
 """Our scheduler's running totals among the connectors' statistics of a step."""
@@ -79,13 +79,20 @@ class LoadGauge:
             num_kv_transfers=self._num_kv_reads // self._reads_per_transfer,
             num_kv_transfer_failures=self._num_kv_failures,
             num_preemptions=self._num_preemptions,
-            num_swaps_out=self._swap_counters.get("num_swaps_out", 0),
-            num_swaps_in=self._swap_counters.get("num_swaps_in", 0),
-            num_swapped_bytes=self._swap_counters.get("num_bytes_out", 0)
-            + self._swap_counters.get("num_bytes_in", 0),
-            num_recomputed_tokens=self._swap_counters.get("num_recomputed_tokens", 0),
-            num_swap_stalls=self._swap_counters.get("num_stalls", 0),
-            num_scheduler_fallbacks=self._num_scheduler_fallbacks,
+            scheduler=self._scheduler_counters(),
+        )
+
+    def _scheduler_counters(self) -> SchedulerCounters | None:
+        counters = self._swap_counters
+        if not counters and not self._num_scheduler_fallbacks:
+            return None
+        return SchedulerCounters(
+            num_swaps_out=counters.get("num_swaps_out", 0),
+            num_swaps_in=counters.get("num_swaps_in", 0),
+            num_swapped_bytes=counters.get("num_bytes_out", 0) + counters.get("num_bytes_in", 0),
+            num_recomputed_tokens=counters.get("num_recomputed_tokens", 0),
+            num_stalls=counters.get("num_stalls", 0),
+            num_fallbacks=self._num_scheduler_fallbacks,
         )
 
     def logger_factory(self) -> Callable[..., StatLoggerBase]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from baton.contract.errors import InvalidRequest
+from baton.contract.sampling import ServiceWish
 
 
 class StreamOptions(msgspec.Struct):
@@ -60,6 +61,7 @@ class GenerationBody(msgspec.Struct):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    service: ServiceWish | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None

@@ -18,6 +18,7 @@ from baton.contract.sampling import (
     StructuredOutput,
     check_min_tokens,
     check_range,
+    check_service,
     check_stop_strings,
 )
 from coordinator.http.limits import HttpSettings
@@ -98,6 +99,9 @@ def sampling_spec(
     if body.min_tokens is not None:
         check_min_tokens(body.min_tokens, max_tokens)
         given["min_tokens"] = body.min_tokens
+    if body.service is not None:
+        check_service(body.service)
+        given["service"] = body.service
     if body.stop is not None:
         given["stop"] = _stops(body.stop)
     if body.stop_token_ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from baton.contract.errors import InvalidRequest
-from baton.contract.sampling import SamplingSpec, StructuredOutput, check_sampling
+from baton.contract.sampling import SamplingSpec, ServiceWish, StructuredOutput, check_sampling
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,10 @@ from baton.contract.sampling import SamplingSpec, StructuredOutput, check_sampli
         ({"logprobs": 21}, "logprobs is 21, accepted: 0 to 20"),
         ({"stop": ["x"] * 17}, "stop has 17 strings, at most 16"),
         ({"stop": [""]}, "empty string"),
+        ({"service": ServiceWish(priority=2**40)}, "priority is 1099511627776"),
+        ({"service": ServiceWish(key="k" * 129)}, "service.key has 129 characters, at most 128"),
+        ({"service": ServiceWish(deadline_s=0.0)}, "deadline_s is 0.0, accepted: more than 0 seconds"),
+        ({"service": ServiceWish(expected_output_tokens=0)}, "expected_output_tokens is 0"),
         ({"logit_bias": {3: 200.0}}, "logit_bias of token 3 is 200.0"),
         (
             {"structured_output": StructuredOutput(regex="a", choice=["b"])},

@@ -7,7 +7,7 @@ import pytest
 
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import TopLogprob
-from baton.contract.sampling import SamplingSpec, StructuredOutput
+from baton.contract.sampling import SamplingSpec, ServiceWish, StructuredOutput
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -24,7 +24,7 @@ def test_a_decode_leg_says_what_the_client_said() -> None:
     from baton.engine.vllm_params import decode_params
 
     params = decode_params(FULL, {"do_remote_prefill": True})
-    own_words = {"structured_output", "prompt_logprobs"}
+    own_words = {"structured_output", "prompt_logprobs", "service"}
     for field in msgspec.structs.fields(SamplingSpec):
         if field.name not in own_words:
             assert getattr(params, field.name) == getattr(FULL, field.name), field.name
@@ -35,6 +35,22 @@ def test_a_decode_leg_says_what_the_client_said() -> None:
     assert params.extra_args == {"kv_transfer_params": {"do_remote_prefill": True}}
     assert params.n == 1
     assert params.detokenize
+
+
+def test_what_the_scheduler_is_told_travels_beside_the_sampling() -> None:
+    from baton.engine.vllm_mlfq_scheduler import OPTIONS
+    from baton.engine.vllm_params import decode_params
+
+    wish = ServiceWish(priority=-1, key="tenant-a", deadline_s=2.0, expected_output_tokens=80)
+    params = decode_params(SamplingSpec(max_tokens=4, service=wish), None)
+    assert params.extra_args == {
+        OPTIONS: {
+            "priority": -1,
+            "key": "tenant-a",
+            "deadline_left_s": 2.0,
+            "num_expected_output_tokens": 80,
+        }
+    }
 
 
 def test_a_prefill_leg_makes_one_token() -> None:
@@ -53,7 +69,7 @@ def test_defaults_are_vllms() -> None:
 
     ours, theirs = decode_params(SamplingSpec(max_tokens=16), None), SamplingParams(max_tokens=16)
     for field in msgspec.structs.fields(SamplingSpec):
-        if field.name != "structured_output":
+        if field.name not in ("structured_output", "service"):
             assert getattr(ours, field.name) == getattr(theirs, field.name), field.name
 
 

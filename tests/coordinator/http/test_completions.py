@@ -256,6 +256,17 @@ def test_completion_defaults_are_openais(at_site):
     at_site(scenario)
 
 
+def test_what_schedulers_are_told_comes_with_the_body(at_site):
+    async def scenario(site):
+        service = {"priority": -2, "key": "tenant-a", "deadline_s": 1.5}
+        assert (await site.complete(max_tokens=4, service=service)).status == 200
+        wish = site.intake.submissions[0].sampling.service
+        assert (wish.priority, wish.key, wish.deadline_s) == (-2, "tenant-a", 1.5)
+        assert wish.expected_output_tokens is None
+
+    at_site(scenario)
+
+
 def test_unicode_text_survives_the_escape(at_site):
     texts = ['"', "\\", "\n\t\x00", "é", "😀", " \u2028"]
 

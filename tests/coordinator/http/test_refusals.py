@@ -55,6 +55,8 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
         ({"logit_bias": {"99999": 1}}, "logit_bias", ["99999"]),
         ({"allowed_token_ids": []}, "allowed_token_ids", ["empty"]),
         ({"bad_words": [""]}, "bad_words", ["empty"]),
+        ({"service": {"deadline_s": -1}}, "deadline_s", ["-1"]),
+        ({"service": {"key": "k" * 200}}, "service", ["200", "128"]),
         ({"best_of": 3}, "best_of", ["3"]),
         ({"suffix": "x"}, "suffix", ["suffix"]),
         ({"use_beam_search": True}, "use_beam_search", ["use_beam_search"]),
