@@ -26,6 +26,7 @@ from baton.contract.messages import (
     RegisterAgain,
     RegisterWorker,
     RequestReport,
+    SchedulerCounters,
     StepOutputs,
     WorkerAccepted,
     WorkerLeaving,
@@ -273,8 +274,12 @@ def _worker_snapshot(worker: Worker, now_s: float) -> dict[str, object]:
         "pipeline_parallel_size": registration.pipeline_parallel_size,
         "layout": msgspec.to_builtins(registration.layout),
         "capacity": msgspec.to_builtins(registration.capacity),
-        "load": msgspec.structs.asdict(account.load),
+        "load": msgspec.structs.asdict(account.load) | {"scheduler": _counters(account.load.scheduler)},
         "num_legs": account.num_legs,
         "num_queued_tokens": account.num_queued_tokens,
         "num_reserved_blocks": account.num_reserved_blocks,
     }
+
+
+def _counters(counters: SchedulerCounters | None) -> dict[str, int] | None:
+    return None if counters is None else msgspec.structs.asdict(counters)

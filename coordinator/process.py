@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import uvloop
 
 from baton.clock import SystemClock
@@ -159,6 +160,21 @@ def _add_gauges(metrics: Metrics, core: Core) -> None:
         label="what",
     )
     metrics.add_gauge("baton_workers", "Registered and taking requests.", workers, label="role")
+
+    def preemption() -> dict[str, float]:
+        totals: dict[str, float] = {}
+        for worker in core.fleet:
+            if (counters := worker.account.load.scheduler) is not None:
+                for name, value in msgspec.structs.asdict(counters).items():
+                    totals[name] = totals.get(name, 0.0) + value
+        return totals
+
+    metrics.add_gauge(
+        "baton_preemption",
+        "What preemption cost the workers present: swaps, bytes, recomputed tokens, stalls, fallbacks.",
+        preemption,
+        label="what",
+    )
 
 
 def _core_settings(settings: CoordinatorSettings) -> CoreSettings:

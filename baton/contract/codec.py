@@ -6,8 +6,8 @@ refused by name, before anything acts on the message.
 PROTOCOL_VERSION history
   1  2026-11-21  first version: registration, prefill, decode, client submit
   2  2026-11-21  KV events: KvEvents, AskKvReplay, RegisterWorker.has_kv_events; hits in Placement;
-                 role `both`, SequenceDelta.prompt_logprobs, Placement.way;
-                 swap counters in WorkerLoad
+                 role `both`, SequenceDelta.prompt_logprobs, Placement.way,
+                 WorkerLoad.scheduler, SamplingSpec.service
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ GOLDEN = [
     (
         StepOutputs(deltas=[SequenceDelta("h1", [7], "a")], load=WorkerLoad(num_running=1)),
         "83a474797065ab537465704f757470757473a664656c7461739198a268319107a161c0c0c0c0c0"
-        "a46c6f61649e0100000000000000000000000000",
+        "a46c6f6164990100000000000000c0",
     ),
 ]
 
