@@ -53,7 +53,7 @@ from coordinator.first_token import is_usable
 from coordinator.fleet import FleetView, Worker
 from coordinator.fleet_pace import FleetPace
 from coordinator.intake import FleetFacts, ResultSink, Submission
-from coordinator.legs import start_decode, start_prefill, with_lease_left
+from coordinator.legs import start_decode, start_prefill, stream_source, with_lease_left
 from coordinator.prefixes import FleetPrefixes
 from coordinator.request import Request, final_report
 
@@ -237,6 +237,9 @@ class Core:
                 return (
                     actions + self._finish(request, Outcome.COMPLETED, now_s, last=delta) + self._pump(now_s)
                 )
+        if request.is_streamed:  # the decode worker has known since the prefill began
+            request.move(RequestState.HANDING_OFF, now_s)
+            return actions + self._pump(now_s)
         request.kv_source = with_lease_left(request, message, now_s)
         request.move(RequestState.HANDING_OFF, now_s)
         actions.append(self._start_decode(request, request.kv_source, now_s))
@@ -299,7 +302,8 @@ class Core:
             limit_s = self._phase_limit_s(request.state)
             if now_s - request.progress_s <= limit_s:
                 continue
-            worker_id = request.prefill_worker if request.is_prefilled_elsewhere else request.decode_worker
+            is_prefill = request.state is RequestState.PREFILLING
+            worker_id = (request.prefill_worker if is_prefill else None) or request.decode_worker
             error = PhaseTimeout(
                 f"no progress in {request.state.value} for {limit_s:g} s"
                 + (f" on worker {worker_id}" if worker_id else ""),
@@ -341,10 +345,10 @@ class Core:
             if dispatched is None:
                 break
             self._queue.popleft()
-            actions.append(dispatched)
+            actions += dispatched
         return actions
 
-    def _attempt(self, request: Request, now_s: float) -> Action | None:
+    def _attempt(self, request: Request, now_s: float) -> list[Action] | None:
         """None: no worker has room; nothing changed."""
         handoff_id = f"h{self._boot_id}-{self._num_handoffs + 1:x}"
         assignment = self._dispatch.assign(request, handoff_id, now_s)
@@ -353,24 +357,40 @@ class Core:
         self._num_handoffs += 1
         self._legs[handoff_id] = request
         prefill, decode = assignment.prefill, assignment.decode
+        stream = None
+        if prefill is not None and decode is not None and prefill is not decode:
+            stream = self._stream_source(request, prefill.worker_id, decode.worker_id)
         request.begin_attempt(
             handoff_id,
             prefill_worker=None if prefill is None else prefill.worker_id,
             decode_worker=None if decode is None else decode.worker_id,
             way=assignment.way,
             way_reason=assignment.reason,
+            is_streamed=stream is not None,
         )
         if assignment.record is not None:
             request.records.append(assignment.record)
         if prefill is None:
             request.move(RequestState.HANDING_OFF, now_s)
-            return self._start_decode(request, None, now_s)
+            return [self._start_decode(request, None, now_s)]
         request.dispatched_s = now_s
         request.move(RequestState.PREFILLING, now_s)
         if prefill is decode:
             request.prompt_token_ids = request.submission.prompt_token_ids
-            return self._start_decode(request, None, now_s)
-        return Send(prefill.worker_id, start_prefill(request))
+            return [self._start_decode(request, None, now_s)]
+        actions: list[Action] = [Send(prefill.worker_id, start_prefill(request))]
+        if stream is not None:
+            request.prompt_token_ids = request.submission.prompt_token_ids
+            request.kv_source = stream
+            actions.append(self._start_decode(request, stream, now_s))
+        return actions
+
+    def _stream_source(self, request: Request, prefill_id: str, decode_id: str) -> KvSource | None:
+        prefill, decode = self.fleet.get(prefill_id), self.fleet.get(decode_id)
+        if prefill is None or decode is None:
+            return None
+        lease_s = self._settings.prefill_timeout_s + self._settings.handoff_timeout_s
+        return stream_source(request, prefill.registration, decode.registration, lease_s)
 
     def _start_decode(self, request: Request, kv_source: KvSource | None, now_s: float) -> Send:
         assert request.decode_worker is not None
@@ -379,13 +399,18 @@ class Core:
         return Send(request.decode_worker, start_decode(request, kv_source, sent_s))
 
     def _first_decode_delta(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
-        if request.state is RequestState.PREFILLING:  # here, on the decode worker
+        if request.state is RequestState.PREFILLING:
+            # Computed here; or streamed, and the prefill worker's own word is still on its way.
             request.prefill_finished_s = now_s
             request.prompt_logprobs = delta.prompt_logprobs
-            worker = self.fleet.get(request.decode_worker or "")
+            worker = self.fleet.get(request.prefill_worker or request.decode_worker or "")
             if worker is not None:
                 self._dispatch.prompt_computed(worker, request.handoff_id, now_s)
-        elif request.kv_source is not None and request.prefill_finished_s is not None:
+        elif (
+            request.kv_source is not None
+            and not request.is_streamed
+            and request.prefill_finished_s is not None
+        ):
             self.pace.handed_over(request.num_bytes_to_move, now_s - request.prefill_finished_s)
         request.move(RequestState.DECODING, now_s)
         request.first_decode_s = now_s

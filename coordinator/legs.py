@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from baton.contract.lifecycle import WorkerRole
-from baton.contract.messages import KvSource, PrefillFinished, StartDecode, StartPrefill
+from baton.contract.messages import KvSource, PrefillFinished, RegisterWorker, StartDecode, StartPrefill
 from coordinator.first_token import prefill_spec
 from coordinator.request import Request
 
@@ -40,6 +40,30 @@ def start_decode(request: Request, kv_source: KvSource | None, sent_s: float | N
         sampling=sampling,
         kv_source=kv_source,
         sent_s=sent_s,
+    )
+
+
+def stream_source(
+    request: Request, source: RegisterWorker, destination: RegisterWorker, lease_s: float
+) -> KvSource | None:
+    """What the decode worker is told when the prefill begins; None: these two do not stream, or not
+    this request. Prompt logprobs would make the decode engine compute the whole prompt, and a prompt that
+    leaves room for one token only is over with it."""
+    if source.stream_params is None or destination.stream_params is None:
+        return None
+    if source.pipeline_parallel_size != destination.pipeline_parallel_size:
+        return None
+    if request.submission.sampling.prompt_logprobs is not None:
+        return None
+    if request.num_prompt_tokens + 1 >= source.capacity.max_model_len:
+        return None
+    num_blocks = -(-request.num_prompt_tokens // source.layout.block_size_tokens)
+    return KvSource(
+        lease_s=lease_s,
+        num_tokens=request.num_prompt_tokens,
+        num_bytes=num_blocks * source.capacity.kv_bytes_per_block,
+        transfer_params=source.stream_params,
+        is_streamed=True,
     )
 
 

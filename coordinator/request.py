@@ -25,7 +25,7 @@ class Request:
 
     __slots__ = (
         "decode_worker", "dispatched_s", "entered_s", "first_decode_s", "first_token_by",
-        "first_token_reason", "handoff_id", "hit_tokens", "hits", "is_alone", "kv_source",
+        "first_token_reason", "handoff_id", "hit_tokens", "hits", "is_alone", "is_streamed", "kv_source",
         "last_decode_worker", "last_prefill_worker", "num_attempts", "num_bytes_to_move",
         "num_output_tokens", "num_prompt_tokens", "placement", "predicted_hit_tokens", "prefill_finished_s",
         "prefill_worker", "progress_s", "prompt_logprobs", "prompt_token_ids", "records", "sink", "state",
@@ -60,6 +60,8 @@ class Request:
         """What that worker's engine found; None: it did not say, or not yet."""
         self.is_alone = False
         """No other prompt was waiting at the worker that computes this one."""
+        self.is_streamed = False
+        """In this attempt the decode worker was told when the prefill began; KV moves meanwhile."""
         self.num_bytes_to_move = 0
         """KV that the decode worker did not hold when it was chosen."""
         self.way: Way | None = None
@@ -83,7 +85,9 @@ class Request:
     @property
     def is_prefilled_elsewhere(self) -> bool:
         """A prefill worker is at work; the decode worker has not heard of this request."""
-        return self.state is RequestState.PREFILLING and self.prefill_worker is not None
+        return (
+            self.state is RequestState.PREFILLING and self.prefill_worker is not None and not self.is_streamed
+        )
 
     def move(self, state: RequestState, now_s: float) -> None:
         """Raises IllegalMove and changes nothing if the table does not list the move."""
@@ -99,10 +103,12 @@ class Request:
         decode_worker: str | None,
         way: Way,
         way_reason: str,
+        is_streamed: bool = False,
     ) -> None:
         """A worker that is None has no part in this attempt; the same one twice serves both phases."""
         is_on_one_worker = prefill_worker == decode_worker
         self.num_attempts += 1
+        self.is_streamed = is_streamed
         self.handoff_id = handoff_id
         self.way, self.way_reason = way, way_reason
         self.prefill_worker = None if is_on_one_worker else prefill_worker
@@ -115,6 +121,8 @@ class Request:
 
     def _choose_first_token(self, *, is_on_one_worker: bool) -> None:
         reason = "one worker for both phases" if is_on_one_worker else None
+        if self.is_streamed:  # its prompt left before there was a token to append
+            reason = "streamed"
         reason = reason or reason_for_decode(self.submission.sampling)
         self.first_token_by = WorkerRole.PREFILL if reason is None else WorkerRole.DECODE
         self.first_token_reason = reason or "ready when prefill ends"

@@ -154,6 +154,9 @@ class KvSource(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of the held blocks; what the decode worker must receive if it has none of them."""
     transfer_params: dict[str, Any]
     """Opaque to everybody but the transfer adapter of the two workers."""
+    is_streamed: bool = False
+    """The KV is not there yet: the source writes it while it computes, into blocks that the decode worker
+    reserves now. `lease_s` is then how long the reservation may stand."""
 
 
 # ── worker → coordinator ──────────────────────────────────────────────────────────────────────
@@ -176,6 +179,9 @@ class RegisterWorker(Message, frozen=True, kw_only=True):
     prefill_window_tokens: int | None = None
     """Prompt tokens this worker wants to have ahead of what it has computed; a longer prompt comes
     alone. The rest waits at the coordinator. None: no limit."""
+    stream_params: dict[str, Any] | None = None
+    """For `KvSource.transfer_params` of KV that this worker streams; None: it neither streams nor takes
+    streams."""
     has_kv_events: bool = False
     """It tells which prompt blocks it holds (`KvEvents`); otherwise no hits are predicted for it."""
     sent_s: float | None = None

@@ -10,7 +10,7 @@ the engine did it. Every leg that was started ends in exactly one of: a delta wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from baton.contract.errors import ErrorReport
 from baton.contract.messages import (
@@ -35,6 +35,8 @@ class EngineDescription:
     tensor_parallel_size: int
     pipeline_parallel_size: int
     transfer_endpoint: str
+    stream_params: dict[str, Any] | None = None
+    """As in `RegisterWorker`."""
     has_kv_events: bool = False
     """`EngineListener.on_kv_events` will hear of every change of the prefix cache."""
 

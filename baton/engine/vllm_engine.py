@@ -76,7 +76,9 @@ SHUTDOWN_GRACE_S = 5.0
 HOLD_UNLESS_STOPPED = "baton_hold_unless_stopped"
 LEASE_END_S = "baton_lease_end_s"
 RELEASE_HELD = "baton_release_held"
+NUM_STAGES = "baton_num_stages"
 STREAM_ID = "baton_stream_id"
+STREAM_LEASE_S = "baton_stream_lease_s"
 
 
 @dataclass(slots=True, eq=False)
@@ -256,8 +258,22 @@ class VllmEngine:
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=settings.pipeline_parallel_size,
             transfer_endpoint=f"{settings.side_channel_host}:{side_channel_port}",
+            stream_params=self._stream_params(side_channel_port),
             has_kv_events=self._kv_events is not None,
         )
+
+    def _stream_params(self, side_channel_port: int) -> dict[str, Any] | None:
+        """Where a decode engine finds this one before there is a prompt."""
+        settings = self._settings
+        if settings.transfer != "stream":
+            return None
+        return {
+            "remote_engine_id": self._llm.vllm_config.kv_transfer_config.engine_id,
+            "remote_host": settings.side_channel_host,
+            "remote_port": side_channel_port,
+            "tp_size": settings.tensor_parallel_size,
+            NUM_STAGES: settings.pipeline_parallel_size,
+        }
 
     async def _warm_up(self) -> None:
         """The first forward pass loads kernels and takes up to a second: pay it before serving."""
@@ -317,6 +333,14 @@ class VllmEngine:
                 pull_timeout_s=self._settings.kv_pull_timeout_s,
             )
             transfer_params = {**source.transfer_params, LEASE_END_S: window.lease_end_s}
+            if source.is_streamed:
+                transfer_params |= {
+                    "do_remote_prefill": True,
+                    "do_remote_decode": False,
+                    "remote_num_tokens": source.num_tokens,
+                    STREAM_ID: message.handoff_id,
+                    STREAM_LEASE_S: source.lease_s,
+                }
         self._start_leg(
             message.handoff_id,
             message.prompt_token_ids,

@@ -125,6 +125,7 @@ def _vllm(
             tensor_parallel_size=settings.tensor_parallel_size,
             pipeline_parallel_size=settings.pipeline_parallel_size,
             num_threads_per_rank=settings.omp_threads,
+            transfer=settings.transfer,
             side_channel_host=settings.host,
             side_channel_port=settings.transfer_port or 0,
             kv_lease_s=kv_lease_s,

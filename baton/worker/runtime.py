@@ -231,6 +231,7 @@ class WorkerRuntime:
             host=identity.host,
             pid=identity.pid,
             prefill_window_tokens=self._prefill_window_tokens,
+            stream_params=description.stream_params,
             has_kv_events=description.has_kv_events,
             sent_s=self._clock.now_s(),
         )

@@ -23,6 +23,11 @@ class WorkerSettings:
     )
     engine: Literal["vllm", "simulated"] = option("vllm", "`simulated` computes no model: for tests and load")
     host: str = option(DEFAULT_HOST, "address at which other workers reach this one")
+    transfer: Literal["pull", "stream"] = option(
+        "pull",
+        "`stream`: prefill workers write KV while they compute, into blocks that decode workers reserve; "
+        "only between workers that both say so",
+    )
     transfer_port: int | None = option(None, "port that offers KV to other workers; absent: a free one")
 
     device: Literal["cpu", "cuda"] = option("cpu", "what the engine computes on")
