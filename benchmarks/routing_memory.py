@@ -1,4 +1,4 @@
-"""`bench.sh routing`, rows `memory`: does the coordinator's memory of prefixes stay within its cap?
+"""`bench.sh routing`, rows `memory`: does what the coordinator remembers of prefixes stop growing?
 
     python -m benchmarks.routing_memory --requests 500000
 
@@ -56,7 +56,8 @@ from coordinator.intake import Submission
 BLOCK = 16
 BLOCKS_PER_PROMPT = 2
 CACHE_BLOCKS = 10_000
-"""Of one worker. All eight together hold more than the cap allows."""
+"""Of one worker. All together hold 40,000 different blocks, fewer than the cap allows: what their engines
+evict has to leave the index, too."""
 CAP_BYTES = 16 << 20
 CHURN_EVERY = 5_000
 """Requests between a worker's leaving and the next one's."""
