@@ -265,7 +265,7 @@ class VllmEngine:
     def _stream_params(self, side_channel_port: int) -> dict[str, Any] | None:
         """Where a decode engine finds this one before there is a prompt."""
         settings = self._settings
-        if settings.transfer != "stream":
+        if not settings.is_streaming:
             return None
         return {
             "remote_engine_id": self._llm.vllm_config.kv_transfer_config.engine_id,
@@ -311,7 +311,7 @@ class VllmEngine:
             "do_remote_prefill": False,
             HOLD_UNLESS_STOPPED: True,
         }
-        if self._settings.transfer == "stream":
+        if self._settings.is_streaming:
             hold[STREAM_ID] = message.handoff_id
         self._start_leg(
             message.handoff_id,

@@ -92,6 +92,11 @@ class VllmEngineSettings:
     """Loading a large model takes minutes; an engine that hangs must not hang its worker for ever."""
 
     @property
+    def is_streaming(self) -> bool:
+        """Workers for both phases pull: each engine has one half of a stream."""
+        return self.transfer == "stream" and self.role is not WorkerRole.BOTH
+
+    @property
     def num_ranks(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
@@ -220,7 +225,7 @@ def transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
 
 
 def _nixl_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
-    is_streaming = settings.transfer == "stream"
+    is_streaming = settings.is_streaming
     module = "nixl_stream_connector" if is_streaming else "nixl_connector"
     return {
         "kv_connector": "StreamingNixlConnector" if is_streaming else "LeasedNixlConnector",

@@ -124,3 +124,7 @@ def test_the_engine_and_the_connector_use_the_same_keys() -> None:
     assert arguments["kv_connector_module_path"] == nixl_stream_connector.CONNECTOR_MODULE
     assert arguments["kv_connector"] == nixl_stream_connector.CONNECTOR_NAME
     assert hasattr(nixl_stream_connector, arguments["kv_connector"])
+    both = vllm_settings.VllmEngineSettings(model="m", role=WorkerRole.BOTH, transfer="stream")
+    assert vllm_settings.transfer_arguments(both)["kv_connector"] == nixl_connector.CONNECTOR_NAME
+    assert vllm_engine.STREAM_LEASE_S == nixl_stream_scheduler.STREAM_LEASE_S
+    assert vllm_engine.NUM_STAGES == nixl_connector.NUM_STAGES
