@@ -1,6 +1,6 @@
 """The planner's simulator beside live fleets: 1P1D and 2P1D, of simulated engines and of real vLLM on CPU.
 
-    python -m benchmarks.placement_live [--quick] [--profile FILE] [--json FILE]
+    python -m benchmarks.placement_live [--quick] [--engines simulated|vllm|both] [--profile FILE] [--json F]
 
 Simulated engines take exactly the step times they are told, so their rows test the simulator's queues,
 batches and hand-offs. Real engines are profiled first (`baton profile`), and their rows test everything, the
@@ -124,7 +124,8 @@ def run(
 ) -> Validation:
     workload = load_workload(workload_text, prefix_hits=0.0)
     (knee_requests,) = workload.request_sets(KNEE_REQUESTS, num_sets=1, seed=1)
-    (requests,) = workload.request_sets(num_requests, num_sets=1, seed=0)
+    (drawn,) = workload.request_sets(num_requests, num_sets=1, seed=0)
+    requests = drawn.first(num_requests)
     longest = max(knee_requests.max_prompt_tokens, requests.max_prompt_tokens)
     predicted = predicted_fleet(file, profile, longest_prompt=longest)
     with running(file, name) as address:
@@ -167,6 +168,7 @@ def figures_of(name: str, found: Validation) -> list[Figure]:
 def validations(
     *,
     is_quick: bool = False,
+    has_simulated: bool = True,
     has_real: bool = True,
     profile_path: Path | None = None,
     num_requests: int = REQUESTS_PER_RATE,
@@ -174,7 +176,8 @@ def validations(
     """By name of the fleet. Raises NotReady, ServingError or ValueError."""
     found: dict[str, Validation] = {}
     num_requests = 40 if is_quick else num_requests
-    for p, d in SHAPES[:1] if is_quick else SHAPES:
+    shapes = SHAPES[:1] if is_quick else SHAPES
+    for p, d in shapes if has_simulated else ():
         name = f"simulated-{p}P{d}D"
         found[name] = run(
             name, fleet_file(p, d, SIMULATED), None, SIMULATED_WORKLOAD, SIMULATED_SLO, num_requests,
@@ -193,14 +196,15 @@ def validations(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.placement_live")
     parser.add_argument("--quick", action="store_true", help="simulated 1P1D, two rates: does it run?")
-    parser.add_argument("--simulated-only", action="store_true", help="no real engines")
+    parser.add_argument("--engines", choices=["simulated", "vllm", "both"], default="both")
     parser.add_argument("--profile", type=Path, help="of the demo model, instead of measuring one")
     parser.add_argument("--num-requests", type=int, default=REQUESTS_PER_RATE, help="sent at each rate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to a file")
     options = parser.parse_args(argv)
     try:
         found = validations(
-            is_quick=options.quick, has_real=not options.simulated_only, profile_path=options.profile,
+            is_quick=options.quick, has_simulated=options.engines != "vllm",
+            has_real=options.engines != "simulated", profile_path=options.profile,
             num_requests=options.num_requests,
         )  # fmt: skip
     except (NotReady, ServingError, ValueError) as error:

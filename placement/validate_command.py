@@ -102,7 +102,8 @@ def _run(settings: ValidateSettings) -> int:
         settings.workload, burstiness=settings.burstiness, prefix_hits=0.0, seed=settings.seed
     )
     (knee_requests,) = workload.request_sets(KNEE_REQUESTS, num_sets=1, seed=settings.seed + 1)
-    (requests,) = workload.request_sets(settings.num_requests, num_sets=1, seed=settings.seed)
+    (drawn,) = workload.request_sets(settings.num_requests, num_sets=1, seed=settings.seed)
+    requests = drawn.first(settings.num_requests)
     longest = max(knee_requests.max_prompt_tokens, requests.max_prompt_tokens)
     fleet = predicted_fleet(file, profile, longest_prompt=longest)
     found = validate(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from baton.contract.messages import RequestDelta
-from baton.fleet_file import FleetFile, NodeFleet
+from baton.fleet_file import FleetFile, NodeFleet, write_fleet_file
 from placement import live, validate_command
 from placement import validate as validate_module
 from placement.live import Observed
@@ -174,3 +174,30 @@ def test_no_prompt_is_sent_twice(monkeypatch: pytest.MonkeyPatch):
         assert observed.num_failed == 0
         assert np.isfinite(observed.timings.ttft_s).all()
     assert len(sent) == len(set(sent)) == 40
+
+
+def test_the_command_sends_as_many_requests_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):
+    live_fleet(monkeypatch)
+    sent: list[int] = []
+    play = validate_module.play
+
+    async def counting(address, sample, rate):
+        sent.append(len(sample))
+        return await play(address, sample, rate)
+
+    monkeypatch.setattr(validate_module, "play", counting)
+    path = tmp_path / "fleet.yaml"
+    write_fleet_file(fleet_file(), path, heading="test")
+    flags = [
+        "--workload",
+        "uniform:100,900/fixed:20",
+        "--ttft",
+        "0.3",
+        "--num-requests",
+        "50",
+        "--rates",
+        "2,4",
+    ]
+    assert validate_command.main(["--validate", str(path), *flags]) == 0
+    assert sent == [50, 50]
+    assert "predicted" in capsys.readouterr().out
