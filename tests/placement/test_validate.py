@@ -179,7 +179,7 @@ def test_no_prompt_is_sent_twice(monkeypatch: pytest.MonkeyPatch):
 def test_the_command_sends_as_many_requests_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys):
     live_fleet(monkeypatch)
     sent: list[int] = []
-    play = validate_module.play
+    play = vars(validate_module)["play"]
 
     async def counting(address, sample, rate):
         sent.append(len(sample))
