@@ -28,7 +28,8 @@ Poisson."""
 NEAR = 0.97
 """Plans within so much of the best are searched too: the interval may not tell them apart."""
 NUM_FINALISTS = 4
-CHUNKS = (512, 2048)
+CHUNKS = (256, 512, 2048)
+"""Tokens per step of chunked colocated workers: a tight TPOT wants short steps, throughput long ones."""
 MAX_TRIED = 400
 
 Floats = npt.NDArray[np.float64]
