@@ -68,7 +68,14 @@ def _events(bench, rng, live, names, publishers):
             bench.finish_prefill(worker, message.handoff_id, finish=rng.choice([None, None, "stop"]),
                                  num_cached_tokens=rng.choice([num_cached, None, 0]))  # fmt: skip
         else:
-            bench.step(worker, message.handoff_id, 5, finish=rng.choice([None, "length"]))
+            request = bench.core._legs.get(message.handoff_id)
+            is_full = (
+                request is not None
+                and request.num_output_tokens + 1 >= request.submission.sampling.max_tokens
+            )
+            bench.step(
+                worker, message.handoff_id, 5, finish="length" if is_full else rng.choice([None, "length"])
+            )
     elif choice < 0.78:
         worker = rng.choice(list(publishers))
         message = publishers[worker].take()
@@ -88,7 +95,7 @@ def _events(bench, rng, live, names, publishers):
         if worker in publishers:
             publishers[worker] = Publisher(rng)
         bench.add(worker, P if worker[0] == "p" else D, num_blocks=12, has_kv_events=worker in publishers,
-                  boot_id=f"boot{rng.random()}")  # fmt: skip
+                  stream_params=rng.choice([None, {}]), boot_id=f"boot{rng.random()}")  # fmt: skip
     else:
         bench.now_s += rng.choice([0.1, 25.0])
         bench.perform(bench.core.tick(bench.now_s))
@@ -100,9 +107,9 @@ def test_every_request_ends_once_and_nothing_stays_reserved(make_bench, seed):
     bench = make_bench(max_queued=20)
     publishers = {"p0": Publisher(rng)} | ({"p1": Publisher(rng)} if seed % 2 else {})
     for name in ("p0", "p1"):
-        bench.add(name, P, num_blocks=12, has_kv_events=name in publishers)
-    for name in ("d0", "d1"):
-        bench.add(name, D, num_blocks=12)
+        bench.add(name, P, num_blocks=12, has_kv_events=name in publishers, stream_params={})
+    for name in ("d0", "d1"):  # some pairs stream
+        bench.add(name, D, num_blocks=12, stream_params={} if name == "d0" else None)
     names = (f"r{i}" for i in range(10_000))
     live: list = []
     num_hits = 0
