@@ -461,7 +461,10 @@ class PolicyMixin:
             counters = {"num_recomputed_tokens": self._num_recomputed_tokens, "num_stalls": self._num_stalls}
             if self._host is not None:
                 counters |= self._host.counters()
-            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), SCHEDULER_STATS: counters}
+            # A dictionary of counts whose other keys vLLM does not look at; the connectors' own it does.
+            stats.num_kv_fetch_reqs_by_stage |= {
+                SCHEDULER_STATS + name: value for name, value in counters.items()
+            }
         return stats
 
 

@@ -14,8 +14,8 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from baton.contract.messages import SchedulerCounters, WorkerLoad
 
-SCHEDULER_STATS = "baton_scheduler"
-"""Our scheduler's running totals among the connectors' statistics of a step."""
+SCHEDULER_STATS = "baton_"
+"""How names of our scheduler's running totals begin among vLLM's counts of a step."""
 
 
 class LoadGauge:
@@ -110,7 +110,9 @@ class LoadGauge:
             # Usage is the fraction in use of all blocks that can be handed out.
             self._num_free_blocks = round((1.0 - scheduler_stats.kv_cache_usage) * self._num_blocks)
             connectors = scheduler_stats.kv_connector_stats or {}
-            self._swap_counters = connectors.get(SCHEDULER_STATS, self._swap_counters)
+            for name, count in scheduler_stats.num_kv_fetch_reqs_by_stage.items():
+                if name.startswith(SCHEDULER_STATS):
+                    self._swap_counters[name.removeprefix(SCHEDULER_STATS)] = count
             # With several connectors each has its own part, by name.
             if transfers := connectors.get("LeasedNixlConnector", _own(connectors)):
                 self._num_kv_bytes += int(sum(transfers["bytes_transferred"]))

@@ -140,7 +140,7 @@ def test_swapped_kv_is_not_computed_again_and_recomputed_kv_is(only: Any, demo_m
             assert counters["num_host_blocks"] == 0
             ours._last_counters = None  # as if something had changed since the last step
             stats = ours.make_stats()
-            assert stats.kv_connector_stats["baton_scheduler"]["num_swaps_out"] == counters["num_swaps_out"]
+            assert stats.num_kv_fetch_reqs_by_stage["baton_num_swaps_out"] == counters["num_swaps_out"]
     assert mean_jct(played[True], trace) < mean_jct(played[False], trace)
 
 

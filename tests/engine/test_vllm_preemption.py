@@ -1,0 +1,65 @@
+"""Preempting schedulers in real engines behind real hand-offs: the same tokens as one request at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from baton.contract.sampling import SamplingSpec
+from tests.engine.pair import EnginePair, LegResult
+
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow, pytest.mark.timeout(600)]
+
+KV_BYTES = 24 * 131_072
+"""24 blocks of 32 tokens of the demo model. A request of 100 + 150 tokens takes 8 of them."""
+
+
+def test_handed_off_requests_are_swapped_and_keep_their_tokens(demo_model: Path) -> None:
+    """
+    1. five long requests and eight short ones for two places and memory for three long ones
+    2. their KV comes by NIXL, leaves for the host and comes back; nothing is computed twice
+    3. every answer is what the engine says when it is asked alone
+    """
+    pair = EnginePair(demo_model)
+    try:
+        pair.run(
+            pair.start(
+                prefill={"scheduler": "shortest-prefill", "max_num_batched_tokens": 64},
+                decode={
+                    "scheduler": "skip-join-mlfq", "max_batch_size": 2, "max_resident_sequences": 16,
+                    "host_kv_bytes": 64 << 20, "kv_cache_bytes": KV_BYTES,
+                },
+                max_model_len=512,
+                kv_lease_s=60,
+            ),
+            timeout_s=400,
+        )  # fmt: skip
+        sizes = [(100, 150)] * 5 + [(20 + 7 * i, 8) for i in range(8)]
+        jobs = [
+            (
+                [(position * 31 + i * 17) % 2000 for i in range(num_prompt)],
+                SamplingSpec(max_tokens=num_output, temperature=0.0, ignore_eos=True),
+            )
+            for position, (num_prompt, num_output) in enumerate(sizes)
+        ]
+
+        async def together() -> list[LegResult]:
+            return [result for _, result in await asyncio.gather(*(pair.handoff(*job) for job in jobs))]
+
+        results = pair.run(together(), timeout_s=200)
+        load = pair.decode.load()
+        for job, result in zip(jobs, results, strict=True):
+            assert result.error is None
+            assert result.token_ids == pair.run(pair.colocated(*job)).token_ids
+        assert load.scheduler is not None
+        assert load.scheduler.num_swaps_out > 0
+        assert load.scheduler.num_swaps_in > 0
+        assert load.scheduler.num_swapped_bytes > 0
+        assert load.scheduler.num_recomputed_tokens == 0
+        assert load.scheduler.num_fallbacks == 0
+        assert load.num_kv_transfers == len(jobs)
+        pair.run(pair.wait_until_free())
+    finally:
+        pair.close()
