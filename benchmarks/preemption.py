@@ -52,15 +52,24 @@ QUICK = Effort(num_seeds=1, num_requests=40, num_simulated_seeds=2, num_simulate
 
 
 def run(effort: Effort, *, rows: list[str] | None = None) -> Report:
-    """`rows`: of engine, simulated, cost."""
+    """`rows`: of engine, step, simulated, cost."""
     report = Report("preemption")
-    wanted = rows or ["engine", "simulated", "cost"]
+    wanted = rows or ["engine", "step", "simulated", "cost"]
     if "simulated" in wanted:
         _simulated(report, effort)
     if "cost" in wanted:
         _order_cost(report)
+    if not is_complete(DEMO_MODEL):
+        build_demo_model(DEMO_MODEL)
+    if "step" in wanted:
+        _step_cost(report, effort)
     if "engine" in wanted:
         _on_engines(report, effort)
+    if "simulated" in wanted:
+        report.remarks.append(
+            "Judge the mean at load 0.9 of gpu_b16_sharegpt by what there is to gain: the oracle that knows every "
+            "length (srpt) is in its own row."
+        )
     report.remarks.append(
         "Ratios are first come, first served / ours: above 1 ours is better. Completion times of long "
         "requests get worse by design; the p99 rows say how much."
@@ -115,13 +124,10 @@ def play(traces: Sequence[Trace], **choice: Any) -> list[dict[str, Any]]:
 
 
 def _on_engines(report: Report, effort: Effort) -> None:
-    if not is_complete(DEMO_MODEL):
-        build_demo_model(DEMO_MODEL)
     seeds = range(effort.num_seeds)
     busy = [bimodal(seed, effort.num_requests, 1.3) for seed in seeds]
     normal = [bimodal(100 + seed, effort.num_requests, 0.9) for seed in seeds]
-    quiet = bimodal(200, effort.num_requests // 2, 0.2)
-    traces = [*busy, *normal, head_of_line(), quiet]
+    traces = [*busy, *normal, head_of_line()]
     stock = play(traces, scheduler="fcfs", batch_size=BATCH_SIZE)
     ours = play(traces, scheduler=POLICY, batch_size=BATCH_SIZE)
     num = len(busy)
@@ -133,16 +139,23 @@ def _on_engines(report: Report, effort: Effort) -> None:
         pairs = list(zip(stock[part], ours[part], part_traces, strict=True))
         _compare(report, row, pairs, mean_bar, normalised_bar, steps_bar)
     _head_of_line(report, stock[2 * num], ours[2 * num])
-    same = stock[2 * num + 1], ours[2 * num + 1]
-    report.figures += [
-        _figure(
-            "engine_step_cpu_0.2", f"{POLICY} / fcfs", "x", [same[1]["step_ms_p50"] / same[0]["step_ms_p50"]],
-            Bar("<=", 1.05),
-        ),
-        _figure("engine_schedule_cpu_0.2", POLICY, "ms", [same[1]["schedule_ms_p50"]]),
-        _identical(report, "engine_outputs", list(zip(stock, ours, strict=True))),
-    ]  # fmt: skip
+    report.figures.append(_identical(report, "engine_outputs", list(zip(stock, ours, strict=True))))
     _kv_limited(report, busy)
+
+
+def _step_cost(report: Report, effort: Effort) -> None:
+    """CPU time of one engine step where everything fits into a batch, engines alternating."""
+    quiet = [bimodal(200, effort.num_requests // 2, 0.2)]
+    steps, schedules = [], []
+    for _ in range(effort.num_seeds):
+        [stock] = play(quiet, scheduler="fcfs", batch_size=BATCH_SIZE)
+        [ours] = play(quiet, scheduler=POLICY, batch_size=BATCH_SIZE)
+        steps.append(ours["step_ms_p50"] / stock["step_ms_p50"])
+        schedules.append(ours["schedule_ms_p50"] - stock["schedule_ms_p50"])
+    report.figures += [
+        _figure("engine_step_cpu_0.2", f"{POLICY} / fcfs", "x", steps, Bar("<=", 1.05)),
+        _figure("engine_schedule_cpu_0.2", f"{POLICY} - fcfs", "ms", schedules),
+    ]
 
 
 def _compare(
