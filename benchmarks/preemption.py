@@ -67,8 +67,8 @@ def run(effort: Effort, *, rows: list[str] | None = None) -> Report:
         _on_engines(report, effort)
     if "simulated" in wanted:
         report.remarks.append(
-            "Judge the mean at load 0.9 of gpu_b16_sharegpt by what there is to gain: the oracle that knows every "
-            "length (srpt) is in its own row."
+            "Judge the mean at load 0.9 of gpu_b16_sharegpt by what there is to gain: the oracle that knows "
+            "every length (srpt) has its own row."
         )
     report.remarks.append(
         "Ratios are first come, first served / ours: above 1 ours is better. Completion times of long "
