@@ -54,7 +54,7 @@ QUICK = Effort(num_seeds=1, num_requests=40, num_simulated_seeds=2, num_simulate
 def run(effort: Effort, *, rows: list[str] | None = None) -> Report:
     """`rows`: of engine, step, simulated, cost."""
     report = Report("preemption")
-    wanted = rows or ["engine", "step", "simulated", "cost"]
+    wanted = rows or ["engine", "simulated", "cost", *(["step"] if effort is FULL else [])]
     if "simulated" in wanted:
         _simulated(report, effort)
     if "cost" in wanted:

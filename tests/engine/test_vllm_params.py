@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 
+from baton.contract.errors import EngineFailed
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import TopLogprob
 from baton.contract.sampling import SamplingSpec, ServiceWish, StructuredOutput
+from baton.engine.vllm_settings import VllmEngineSettings, engine_arguments, transfer_arguments
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -128,3 +132,37 @@ def test_the_engine_and_the_connector_use_the_same_keys() -> None:
     assert vllm_settings.transfer_arguments(both)["kv_connector"] == nixl_connector.CONNECTOR_NAME
     assert vllm_engine.STREAM_LEASE_S == nixl_stream_scheduler.STREAM_LEASE_S
     assert vllm_engine.NUM_STAGES == nixl_connector.NUM_STAGES
+
+
+def test_host_memory_for_kv_comes_behind_nixl() -> None:
+    """On CPU one connector of ours, on CUDA two of vLLM's list: NIXL is always asked first."""
+    decode = VllmEngineSettings(model="m", role=WorkerRole.DECODE, host_kv_bytes=1 << 20)
+    arguments = transfer_arguments(decode)
+    assert arguments["kv_connector"] == "SwappingNixlConnector"
+    assert arguments["kv_connector_extra_config"]["host_kv_bytes"] == 1 << 20
+    arguments = transfer_arguments(replace(decode, device="cuda"))
+    assert arguments["kv_connector"] == "MultiConnector"
+    children = arguments["kv_connector_extra_config"]["connectors"]
+    assert [child["kv_connector"] for child in children] == [
+        "LeasedNixlConnector",
+        "SimpleCPUOffloadConnector",
+    ]
+    with pytest.raises(EngineFailed, match="use transfer pull"):
+        transfer_arguments(replace(decode, transfer="stream"))
+
+
+def test_residents_are_more_than_places_and_drift_brings_vllms_own_scheduler_back() -> None:
+    decode = VllmEngineSettings(
+        model="m", role=WorkerRole.DECODE, scheduler="skip-join-mlfq", max_batch_size=8
+    )
+    arguments = engine_arguments(decode)
+    assert arguments["max_num_seqs"] == 32  # 4 x 8
+    assert arguments["scheduler_cls"].endswith("vllm_mlfq_scheduler.MlfqScheduler")
+    assert arguments["additional_config"]["baton_scheduler"]["max_batch_size"] == 8
+    on_cuda = engine_arguments(replace(decode, device="cuda"))
+    assert on_cuda["scheduler_cls"].endswith("AsyncMlfqScheduler") and on_cuda["async_scheduling"]
+    drifted = engine_arguments(decode, has_drifted=True)
+    assert drifted["max_num_seqs"] == 8
+    assert drifted["scheduler_cls"].endswith("QuietScheduler")
+    prefill = replace(decode, role=WorkerRole.PREFILL, scheduler="shortest-prefill")
+    assert engine_arguments(prefill)["max_num_seqs"] == 8

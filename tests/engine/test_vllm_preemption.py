@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+import torch
 
 from baton.contract.sampling import SamplingSpec
 from tests.engine.pair import EnginePair, LegResult
@@ -14,6 +15,33 @@ pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow, pytest.ma
 
 KV_BYTES = 24 * 131_072
 """24 blocks of 32 tokens of the demo model. A request of 100 + 150 tokens takes 8 of them."""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_vllms_own_offload_keeps_the_tokens(demo_model: Path) -> None:
+    """NIXL first and vLLM's offload connector second, asynchronous scheduling: as alone, up to rounding."""
+    pair = EnginePair(demo_model)
+    try:
+        decode = {"scheduler": "skip-join-mlfq", "max_batch_size": 2, "max_resident_sequences": 16}
+        pair.run(
+            pair.start(
+                decode=decode | {"host_kv_bytes": 64 << 20, "kv_cache_bytes": KV_BYTES},
+                device="cuda", dtype="float32", max_model_len=512, kv_lease_s=60, gpu_memory_utilization=0.3,
+            ),
+            timeout_s=400,
+        )  # fmt: skip
+        sampling = SamplingSpec(max_tokens=150, temperature=0.0, ignore_eos=True)
+        prompts = [[(position * 31 + i * 17) % 2000 for i in range(100)] for position in range(6)]
+
+        async def together() -> list[LegResult]:
+            return [r for _, r in await asyncio.gather(*(pair.handoff(p, sampling) for p in prompts))]
+
+        for prompt, result in zip(prompts, pair.run(together(), timeout_s=200), strict=True):
+            assert len(result.token_ids) == 150
+            assert result.token_ids[:20] == pair.run(pair.colocated(prompt, sampling)).token_ids[:20]
+    finally:
+        pair.close()
 
 
 def test_handed_off_requests_are_swapped_and_keep_their_tokens(demo_model: Path) -> None:
