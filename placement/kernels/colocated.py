@@ -51,6 +51,7 @@ def simulate_colocated(
     queued = np.zeros(num_workers, np.int64)
     legs = np.zeros(num_workers, np.int64)
     tied = np.zeros(num_workers, np.int64)
+    turn = np.zeros(num_workers, np.int64)
     free = np.full(num_workers, kv_tokens, np.int64)
     seated = np.zeros(num_workers, np.int64)
     clock = np.zeros(num_workers)
@@ -175,7 +176,8 @@ def simulate_colocated(
                 context[w] += float(b * k)
         if i == n:
             break
-        w = pick_colocated(queued, legs, prompt[i] - cached[i], draw[i], tied)
+        w = pick_colocated(queued, legs, turn, prompt[i] - cached[i], draw[i], tied)
+        turn[w] = i + 1
         queued[w] += prompt[i] - cached[i]
         legs[w] += 1
         if head[w] < 0:

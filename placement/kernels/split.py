@@ -67,6 +67,7 @@ def simulate_split(
     p_legs = np.zeros(num_prefill, np.int64)
     p_free = np.full(num_prefill, prefill_kv_tokens, np.int64)
     p_tied = np.zeros(num_prefill, np.int64)
+    p_turn = np.zeros(num_prefill, np.int64)
 
     ready = np.empty(n, np.int64)
     ready_head, ready_tail = 0, 0
@@ -86,6 +87,7 @@ def simulate_split(
     d_pending = np.zeros(num_decode)
     d_free = np.full(num_decode, decode_kv_tokens, np.int64)
     d_tied = np.zeros(num_decode, np.int64)
+    d_turn = np.zeros(num_decode, np.int64)
     d_kv = np.zeros(num_decode)
 
     num_arrived, num_dispatched, num_done = 0, 0, 0
@@ -199,11 +201,12 @@ def simulate_split(
         if kind in (_ARRIVAL, _COMPUTED):
             while num_dispatched < num_arrived:
                 i = num_dispatched
-                p = pick_prefill(p_queued, p_legs, prompt[i], window_tokens, draw[i], p_tied)
+                p = pick_prefill(p_queued, p_legs, p_turn, prompt[i], window_tokens, draw[i], p_tied)
                 if p < 0:
                     break
                 num_dispatched += 1
                 on_prefill[i] = p
+                p_turn[p] = num_dispatched
                 p_queued[p] += prompt[i] - cached[i]
                 p_legs[p] += 1
                 if wait_head[p] < 0:
@@ -233,12 +236,15 @@ def simulate_split(
                 if b and num_decode > 1:
                     first_s = alpha[b] + beta[b] * context[d]
                     d_kv[d] += b * steps_within(first_s, beta[b] * b, now - clock[d])
-            d = pick_decode(d_legs, d_kv, d_free, prompt[i] + output[i], max_batch, draw[i] >> 16, d_tied)
+            d = pick_decode(
+                d_legs, d_kv, d_turn, d_free, prompt[i] + output[i], max_batch, draw[i] >> 16, d_tied
+            )
             if d < 0:
                 break
             ready_head += 1
             p = on_prefill[i]
             on_decode[i] = d
+            d_turn[d] = ready_head
             assigned[i] = now
             d_legs[d] += 1
             d_pending[d] += prompt[i]

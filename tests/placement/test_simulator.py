@@ -28,6 +28,9 @@ DECODE: dict[str, Any] = {"base_s": 0.02, "per_decode_s": 4e-5, "per_context_tok
 BOTH = {**PREFILL, **DECODE}
 
 
+TOLD = ("num_queued_tokens", "num_legs", "last_turn")
+
+
 def some_requests(count: int, seed: int, *, mean_prompt: int = 400, mean_output: int = 30) -> Requests:
     rng = np.random.default_rng(seed)
     prompt = np.maximum(4, rng.exponential(mean_prompt, count)).astype(np.int64)
@@ -209,7 +212,7 @@ def test_the_dispatch_rules_are_the_routers_own():
             num_prompt_tokens=rng.choice([100, 350]), num_expected_output_tokens=rng.choice([10, 500])
         )
         draw = rng.getrandbits(48)
-        columns = {name: ledger.column(name).copy() for name in ("num_queued_tokens", "num_legs")}
+        columns = {name: ledger.column(name).copy() for name in TOLD}
         kv_tokens = ledger.column("num_kv_tokens").astype(float)
         free = blocks - ledger.column("num_reserved_blocks")
         tied = np.zeros(count, np.int64)
@@ -219,15 +222,15 @@ def test_the_dispatch_rules_are_the_routers_own():
             return -1 if choice is None else choice.slot
 
         prompt, total = facts.num_prompt_tokens, facts.num_prompt_tokens + facts.num_expected_output_tokens
-        queued, legs = columns["num_queued_tokens"], columns["num_legs"]
+        queued, legs, turns = (columns[name] for name in TOLD)
         room = slots_with_prefill_room(facts, ledger, pool)
         room_limit = UNLIMITED if window is None else window
-        assert pick_prefill(queued, legs, prompt, room_limit, draw, tied) == chosen(PToken(), room)
+        assert pick_prefill(queued, legs, turns, prompt, room_limit, draw, tied) == chosen(PToken(), room)
         slots = slots_with_room(facts, ledger, pool.slots)
-        assert pick_decode(legs, kv_tokens, free, total, max_batch, draw, tied) == chosen(
+        assert pick_decode(legs, kv_tokens, turns, free, total, max_batch, draw, tied) == chosen(
             SmallestBatch(), slots
         )
-        assert pick_colocated(queued, legs, prompt, draw, tied) == chosen(LMetric(), pool.slots)
+        assert pick_colocated(queued, legs, turns, prompt, draw, tied) == chosen(LMetric(), pool.slots)
 
 
 def test_a_table_equals_the_model_it_was_made_from():
