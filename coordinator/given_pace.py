@@ -9,19 +9,8 @@ That is right only for a fleet that is like that, but it is known before the fir
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from baton.policy.stay_or_go import Pace
-from baton.step_time import (
-    KvLink,
-    StepTime,
-    StepWork,
-    by_name,
-    gpu_by_name,
-    kv_link,
-    load_shape,
-    shape_by_name,
-)
+from baton.step_time import KvLink, StepTime, StepWork, by_name, gpu_by_name, kv_link, load_shape
 from baton.step_time.profile import load_profile
 
 
@@ -48,7 +37,7 @@ def _of_roofline(spec: str) -> Pace:
     if ranks and not ranks.isdigit():
         raise ValueError(f"{spec!r}: {ranks!r} is no tensor-parallel size")
     tensor_parallel_size = int(ranks or 1)
-    shape = load_shape(model) if Path(model).exists() else shape_by_name(model)
+    shape = load_shape(model)
     link = kv_link(gpu_by_name(gpu), is_same_node=True, num_pairs=tensor_parallel_size)
     return _pace(by_name(gpu, shape, tensor_parallel_size), link)
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from baton.policy.registry import by_name
 from baton.replay.capacity import at_capacity_share, capacity_per_s
@@ -24,13 +23,11 @@ from baton.scheduling.registry import by_name as scheduler_by_name
 from baton.simulation import SimulatedWorkerSettings
 from baton.step_time import (
     KvLink,
-    ModelShape,
     gpu_by_name,
     kv_link,
     kv_tokens_that_fit,
     load_shape,
     roofline,
-    shape_by_name,
 )
 from baton.workload import Trace, WorkloadError, read_trace, retimed, sped_up, spread, with_session_starts
 
@@ -130,7 +127,7 @@ def _timed(trace: Trace, arguments: argparse.Namespace, seed: int) -> Trace:
 
 
 def _settings(arguments: argparse.Namespace, trace: Trace) -> ReplaySettings:
-    gpu, shape = gpu_by_name(arguments.gpu), _shape(arguments.model)
+    gpu, shape = gpu_by_name(arguments.gpu), load_shape(arguments.model)
     block = arguments.block_size or min(DEFAULT_BLOCK_TOKENS, trace.block_size_tokens or DEFAULT_BLOCK_TOKENS)
     num_blocks = arguments.num_blocks
     if num_blocks is None:
@@ -161,10 +158,6 @@ def _settings(arguments: argparse.Namespace, trace: Trace) -> ReplaySettings:
         decode_scheduler=arguments.scheduler,
         swap_link=KvLink(bytes_per_s=PCIE_BYTES_PER_S) if arguments.swap else None,
     )
-
-
-def _shape(model: str) -> ModelShape:
-    return load_shape(model) if Path(model).exists() else shape_by_name(model)
 
 
 @contextmanager

@@ -102,6 +102,10 @@ class ModelShape:
             raise UnsupportedShape(f"{self.name}: {self.num_layers} layers do not fill PP {pp}")
 
 
+FILE_SUFFIXES = (".json", ".yaml", ".yml")
+"""What ends otherwise and is no file is a name: Llama-3.1-8B."""
+
+
 def shape_by_name(name: str) -> ModelShape:
     """A shipped shape; upper and lower case, and an owner before a slash, make no difference."""
     key = name.rpartition("/")[2].lower()
@@ -118,7 +122,7 @@ def load_shape(source: str) -> ModelShape:
     if path.is_dir():
         path = path / "config.json"
     if not path.is_file():
-        if path.suffix in (".json", ".yaml", ".yml"):
+        if path.suffix in FILE_SUFFIXES:
             raise UnsupportedShape(f"{path} does not exist")
         return shape_by_name(source)
     try:

@@ -125,6 +125,8 @@ def test_a_broken_file_is_a_sentence(tmp_path, text: str, sentence: str):
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(UnsupportedShape, match=r"no shape 'GPT-9' is shipped; shipped are OPT-13B"):
         load_shape("GPT-9")
+    with pytest.raises(UnsupportedShape, match=r"no shape 'Llama-3\.1-9B' is shipped"):
+        load_shape("Llama-3.1-9B")  # a dot does not make it a file
     with pytest.raises(UnsupportedShape, match="does not exist"):
         load_shape("missing/config.json")
 
