@@ -3,7 +3,8 @@
 zmq.asyncio costs a future and a task switch per message; a token stream cannot afford that. Here
 the socket's file descriptor is watched by the loop and every ready message is handed to a plain
 function. The descriptor is edge-triggered: it may stay silent although messages wait, so the
-queue is drained until empty after every wake-up and looked at again after every send.
+queue is drained until empty after every wake-up and looked at again after every send. Also after a
+callback that raised: its own message is lost, those behind it are not.
 
 Queues: each socket holds at most QUEUE_MESSAGES per peer and direction. When a send finds the
 queue full, `send` answers False and nothing was sent; the caller decides (the coordinator gives
@@ -13,6 +14,7 @@ the peer up, a worker does the same with the coordinator).
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import zmq
@@ -22,8 +24,9 @@ from baton.contract.codec import MAX_MESSAGE_BYTES
 QUEUE_MESSAGES = 65_536
 """Deep enough for a minute of one message per 1 ms step; a peer that lags more is as good as gone."""
 
-DRAIN_BATCH = 256
-"""Messages handled before the loop gets a turn, so that one busy peer cannot starve the doors."""
+DRAIN_BATCH, DRAIN_S = 256, 0.01
+"""Messages handled, and time spent on them, before the loop gets a turn, so that one busy peer cannot
+starve the doors. A worker that tells its whole prefix cache sends hundreds that take milliseconds each."""
 
 KEEPALIVE_MS = 2_000
 
@@ -77,6 +80,7 @@ class _Channel:
 
     def _drain(self) -> None:
         self._wakeup = None
+        end_s = time.monotonic() + DRAIN_S
         for _ in range(DRAIN_BATCH):
             if self._socket.closed:
                 return
@@ -84,7 +88,13 @@ class _Channel:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._deliver(frames)
+            try:
+                self._deliver(frames)
+            except BaseException:
+                self._drain_soon()
+                raise
+            if time.monotonic() >= end_s:
+                break
         self._drain_soon()
 
     def _deliver(self, frames: list[bytes]) -> None:

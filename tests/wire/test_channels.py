@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import select
+import time
+from itertools import pairwise
 
 import pytest
 
@@ -53,6 +55,64 @@ def test_messages_go_both_ways_and_none_is_left_behind():
         await back.wait_for(count)
         dealer.close()
         router.close()
+
+    asyncio.run(scenario())
+
+
+def test_slow_messages_leave_the_loop_turns():
+    """Of 20 messages that take 5 ms each, no more than a few are handled between two turns."""
+
+    async def scenario() -> None:
+        turns: list[int] = []
+        inbox = Inbox()
+
+        def slowly(peer: bytes, frames: list[bytes]) -> None:
+            end_s = time.monotonic() + 0.005
+            while time.monotonic() < end_s:
+                pass
+            if not inbox.items:  # from now on, count what the loop sees
+                turn()
+            inbox.from_peer(peer, frames)
+
+        def turn() -> None:
+            turns.append(len(inbox.items))
+            if len(inbox.items) < 20:
+                asyncio.get_running_loop().call_soon(turn)
+
+        router, dealer = RouterChannel(slowly), DealerChannel(Inbox().plain)
+        dealer.connect(router.bind("tcp://127.0.0.1:*"))
+        for i in range(20):
+            assert dealer.send(b"%d" % i)
+        await asyncio.sleep(0.2)  # all have arrived
+        router.start()
+        await inbox.wait_for(20)
+        dealer.close()
+        router.close()
+        assert max(after - before for before, after in pairwise(turns)) <= 6
+
+    asyncio.run(scenario())
+
+
+def test_a_callback_that_raises_leaves_nothing_behind_it_lying():
+    async def scenario() -> None:
+        inbox, errors = Inbox(), []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+
+        def moody(peer: bytes, frames: list[bytes]) -> None:
+            if frames != [b"7"]:
+                raise RuntimeError("moody")
+            inbox.from_peer(peer, frames)
+
+        router, dealer = RouterChannel(moody), DealerChannel(Inbox().plain)
+        dealer.connect(router.bind("tcp://127.0.0.1:*"))
+        for i in range(8):
+            assert dealer.send(b"%d" % i)
+        await asyncio.sleep(0.2)
+        router.start()
+        await inbox.wait_for(1)
+        dealer.close()
+        router.close()
+        assert [str(context["exception"]) for context in errors] == ["moody"] * 7
 
     asyncio.run(scenario())
 
