@@ -118,12 +118,12 @@ class KvFeeds:
             feed.held.clear()
             feed.asked = sequence + 1
             return AskReplay(slot, feed.next, sequence)
+        # Whatever is held has been asked up to: from `first` on all are missing.
         first, feed.asked = max(feed.next, feed.asked), max(feed.asked, sequence + 1)
-        missing = [n for n in range(first, sequence) if n not in feed.held]
-        if not missing:
+        if first >= sequence:
             return None
         self.counters.num_gaps += 1
-        return AskReplay(slot, missing[0], missing[-1])
+        return AskReplay(slot, first, sequence - 1)
 
     def _start_afresh(self, slot: int, feed: _Feed, sequence: int, events: Sequence[KvEvent]) -> None:
         self.counters.num_fresh_starts += 1

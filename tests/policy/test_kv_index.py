@@ -330,6 +330,15 @@ def test_a_worker_that_cannot_replay_starts_afresh():
     assert (feeds.counters.num_fresh_starts, feeds.counters.num_duplicates) == (1, 1)
 
 
+def test_an_absurd_number_costs_no_more_than_a_small_one():
+    """A gap is a pair of numbers, not a list: 2**60 batches could never be counted."""
+    feeds = KvFeeds(KvIndex(SIZE, seed=1))
+    feeds.joined(0, "boot")
+    assert feeds.received(0, "boot", 2**60, ()) == AskReplay(0, 0, 2**60 - 1)
+    assert feeds.received(0, "boot", 0, ()) is None
+    assert feeds.counters.num_replayed == 1
+
+
 def test_a_pile_behind_a_gap_is_bounded_and_asked_for_anew():
     feeds = KvFeeds(KvIndex(SIZE, seed=1), max_held_batches=3)
     feeds.joined(0, "boot")
