@@ -66,7 +66,7 @@ class _Lesson:
     """Of the worker that computes the prompt."""
     choice: PrefillChoice | None
     """None: nobody chose that worker for prefill, the prompt stays where it is decoded."""
-    hits: KnownHits
+    hits: KnownHits | None
     now_s: float
 
 
@@ -136,8 +136,8 @@ class Dispatch:
         if way is Way.STAYED:
             prefill = decode
         self._commit(request, handoff_id, facts, hits, prefill, decode)
-        if hits is not None and prefill is not None:
-            choice = None if way is Way.STAYED else chosen.prefill_choice
+        choice = None if way is Way.STAYED else chosen.prefill_choice
+        if prefill is not None and (choice is not None or hits is not None):
             self._unlearned = _Lesson(handoff_id, prefill.slot, choice, hits, now_s)
         return Assignment(prefill, decode, way, reason, record)
 

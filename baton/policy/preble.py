@@ -3,8 +3,8 @@
 If the best hit covers more than `threshold` of the prompt: most hits, then fewest P-tokens.
 Otherwise: smallest alpha x (uncached tokens routed there in the last 3 minutes) + beta x (requests
 routed there in the last 3 minutes). Preble profiles alpha and beta per GPU; the defaults are the
-seconds one prefill token and one request's decode take in the table of shared notes (48k tokens/s;
-45 tokens of 13.5 us each).
+seconds that one prefill token and one request's decode take in the timing table of dynamo.replay
+1.6.1 (48k tokens/s; 45 tokens of 13.5 us each).
 
 Reads hits, queued tokens, and its own window. Does badly when load changes faster than its window,
 and when a popular prefix passes the threshold: it then ignores load altogether.
