@@ -256,9 +256,7 @@ def _slowest(reports: Seq[RequestReport]) -> PhaseTimes:
 
 def _phase_fields(reports: Seq[RequestReport]) -> list[tuple[str, str]]:
     """Phase times of the sequence that took longest, in milliseconds: people read these."""
-    phases = max(
-        (r.phases for r in reports), key=lambda p: p.queue_s + p.prefill_s + p.handoff_s + p.decode_s
-    )
+    phases = _slowest(reports)
     return [
         ("queue-ms", f"{phases.queue_s * 1e3:.1f}"),
         ("prefill-ms", f"{phases.prefill_s * 1e3:.1f}"),
