@@ -1,6 +1,6 @@
 """How simulated KV gets from one worker to another: a small TCP exchange.
 
-The source keeps each finished prompt as a hold with a lease (`simulated_kv`); a reader connects to
+The source keeps each finished prompt as a hold with a lease (`simulated_holds`); a reader connects to
 the source's endpoint and asks for holds by id, one per line; the source answers `<id> <kv>` and
 lets go, or `<id> gone` when the lease has ended. So release needs no registry shared between
 processes, a dead source is noticed at once (the connection breaks), and a late read is an answer

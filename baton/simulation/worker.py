@@ -16,7 +16,7 @@ A decode leg whose KV comes from elsewhere takes its place and its blocks first 
 As long as nobody joins, finishes or runs out of blocks, decode steps only differ by one context
 token per leg, so many of them are one `PlannedStep`: their time is the sum of an arithmetic series
 (`StepTime` is linear in context). Prefix lookups, evictions and announcements work on the blocks of
-one hash at a time (`kv_cache`).
+one hash at a time (`kv_cache`, `naming`); finished prefills wait for their readers in `holds`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
-from baton.contract.messages import BlocksRemoved, BlocksStored, KvEvent, WorkerLoad
-from baton.contract.tokens import TOKEN_BYTES
+from baton.contract.messages import WorkerLoad
 from baton.scheduling.base import JobFacts, StepPolicy
+from baton.simulation.holds import Holds
 from baton.simulation.kv_cache import PrefixCache, Run
-from baton.simulation.legs import Fetch, FinishedLeg, HeldKv, Leg, PlannedStep, StepResult
+from baton.simulation.legs import Fetch, FinishedLeg, Leg, PlannedStep, StepResult
+from baton.simulation.naming import BlockNames
 from baton.simulation.settings import SimulatedWorkerSettings
 from baton.step_time import StepTime, StepWork, prefill_pairs
 
@@ -45,6 +46,7 @@ class SimulatedWorker:
         self.settings = settings
         self.step_time = step_time
         self.cache = PrefixCache(settings.num_blocks, settings.blocks_per_hash)
+        self._names = BlockNames(settings, self.cache)
         self.num_prefill_tokens_done = 0
         self.num_preemptions = 0
         self.busy_s = 0.0
@@ -54,15 +56,12 @@ class SimulatedWorker:
         self._waiting: OrderedDict[str, Leg] = OrderedDict()
         self._fetching: dict[str, Leg] = {}
         self._running: dict[str, Leg] = {}
-        self._holds: dict[str, tuple[HeldKv, list[Run], int]] = {}
-        """Blocks of finished prefills, by leg id; all leases are equally long, so the oldest ends first."""
+        self._holds = Holds(self.cache, settings.kv_lease_s)
         self._new_fetches: list[Fetch] = []
         self._preempted: list[str] = []
         self._plan: PlannedStep | None = None
         self._decodes: list[Leg] = []
         self._chunks: list[tuple[Leg, int]] = []
-        self._events: list[KvEvent] = []
-        """Since the last step ended, in order."""
 
     # ── facts ────────────────────────────────────────────────────────────────────────────────
 
@@ -187,7 +186,7 @@ class SimulatedWorker:
         limit = leg.num_prompt_tokens - 1  # logits do not travel: the last position is computed here
         leg.num_kv_tokens = max(leg.num_kv_tokens, limit if num_tokens is None else min(num_tokens, limit))
         leg.is_decoding = leg.num_uncomputed == 1
-        self._name_computed(leg, leg.num_prompt_tokens if leg.is_decoding else leg.num_kv_tokens)
+        self._names.computed(leg, leg.num_prompt_tokens if leg.is_decoding else leg.num_kv_tokens)
 
     def kv_lost(self, leg_id: str) -> None:
         """Nothing came, or nothing will: the leg computes its prompt itself."""
@@ -200,21 +199,14 @@ class SimulatedWorker:
 
     def release(self, leg_id: str) -> bool:
         """A finished prefill's KV has been read. False: its lease had ended."""
-        hold = self._holds.pop(leg_id, None)
-        if hold is None:
-            return False
-        self.cache.leave(hold[1], hold[2])
-        return True
+        return self._holds.release(leg_id)
 
     def expire(self, now_s: float) -> None:
-        while (end_s := self.next_lease_end_s) is not None and end_s <= now_s:
-            self.release(next(iter(self._holds)))
+        self._holds.expire(now_s)
 
     @property
     def next_lease_end_s(self) -> float | None:
-        for hold, _, _ in self._holds.values():
-            return hold.end_s
-        return None
+        return self._holds.next_end_s
 
     @property
     def num_holds(self) -> int:
@@ -326,8 +318,7 @@ class SimulatedWorker:
         self.num_prefill_tokens_done += result.num_prefill_tokens
         if self._scheduler is not None:
             self._charge(self._scheduler, result)
-        self._announce_forgotten()
-        result.events, self._events = tuple(self._events), []
+        result.events = self._names.take_events()
         return result
 
     # ── inside a step ────────────────────────────────────────────────────────────────────────
@@ -349,7 +340,7 @@ class SimulatedWorker:
         in the same step."""
         chunk = min(leg.num_uncomputed, budget)
         self._chunks.append((leg, chunk))
-        self._name_computed(leg, leg.num_kv_tokens + chunk)
+        self._names.computed(leg, leg.num_kv_tokens + chunk)
         return chunk
 
     @property
@@ -527,65 +518,6 @@ class SimulatedWorker:
     def _finish_prefill(self, leg: Leg, now_s: float) -> FinishedLeg:
         finished = self._finished(leg)
         if leg.keeps_kv:
-            finished.held = HeldKv(leg.leg_id, leg.num_blocks, now_s + self.settings.kv_lease_s)
-            self._holds[leg.leg_id] = (finished.held, leg.runs, leg.num_own_blocks)
-            leg.runs, leg.num_own_blocks = [], 0
+            finished.held = self._holds.keep(leg, now_s)
         self._end(leg)
         return finished
-
-    def _name_computed(self, leg: Leg, num_tokens: int) -> None:
-        """Others may find the full blocks of the first `num_tokens` of a prompt from now on."""
-        settings = self.settings
-        if not settings.has_prefix_cache:
-            return
-        full, hash_tokens = settings.blocks_per_hash, settings.hash_tokens
-        hashes, runs, cache = leg.hashes, leg.runs, self.cache
-        position = first = leg.num_named
-        while position < len(hashes):
-            size = full
-            if (position + 1) * hash_tokens > num_tokens:
-                if num_tokens < leg.num_prompt_tokens:
-                    break
-                size = (leg.num_prompt_tokens - position * hash_tokens) // settings.block_size_tokens
-                if not size:
-                    break
-            if len(runs) > position:
-                run = runs[position]
-                if run.name is not None and run.num_blocks < size:
-                    leg.num_own_blocks -= size - run.num_blocks
-                    run.num_blocks = size
-            else:
-                taken = cache.name(hashes[position], size)
-                if taken is None:
-                    break
-                run = taken
-                leg.num_own_blocks -= size
-                runs.append(run)
-            if size < full:
-                break
-            position += 1
-            if not settings.has_kv_events or run.is_announced or run.num_blocks < full:
-                if first < position - 1:
-                    self._announce(leg, first, position - 1)
-                first = position
-            else:
-                run.is_announced = True
-        leg.num_named = position
-        if first < position:
-            self._announce(leg, first, position)
-
-    def _announce(self, leg: Leg, first: int, end: int) -> None:
-        num_bytes = self.settings.hash_tokens * TOKEN_BYTES
-        event = BlocksStored(
-            block_hashes=list(leg.hashes[first:end]),
-            parent_hash=leg.hashes[first - 1] if first else None,
-            token_ids=leg.packed[first * num_bytes : end * num_bytes],
-            namespace=leg.namespace,
-        )
-        self._announce_forgotten()
-        self._events.append(event)
-
-    def _announce_forgotten(self) -> None:
-        if self.cache.forgotten:
-            self._events.append(BlocksRemoved(block_hashes=self.cache.forgotten))
-            self.cache.forgotten = []

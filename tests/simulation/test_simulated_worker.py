@@ -35,7 +35,7 @@ def num_blocks_accounted(w: SimulatedWorker) -> int:
     for leg in w._legs.values():
         own += leg.num_own_blocks
         in_use |= {id(run): run.num_blocks for run in leg.runs}
-    for _, runs, num_own in w._holds.values():
+    for _, runs, num_own in w._holds:
         own += num_own
         in_use |= {id(run): run.num_blocks for run in runs}
     queued = w.cache.runs_in_queue
