@@ -8,9 +8,9 @@ wait. Both ways are counted in request-seconds, from the step-time model of now:
     go   = prompts queued at the prefill worker + this prompt's uncached tokens there + hand-off
 
 and the request stays when that is strictly less. There is no threshold to set. What is not counted
-speaks for going or cancels: prompts behind this one at the prefill worker would gain by staying;
-chunked prefill lets running sequences get on between chunks. Prompts queued somewhere are taken to
-be equally long, which is the least their attention can cost.
+would speak for staying: prompts behind this one at the prefill worker would gain, and chunked prefill
+lets running sequences get on between chunks. Prompts queued somewhere are taken to be equally long,
+which is the least their attention can cost.
 
 Conditional disaggregation in Dynamo and llm-d compares the uncached length with a constant; a
 constant knows neither queues nor batches.
