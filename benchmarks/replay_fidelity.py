@@ -27,7 +27,7 @@ from baton.policy import registry
 from baton.replay import FleetShape, ReplayResult, ReplaySettings, Slo, replay, spread
 from baton.simulation import SimulatedWorkerSettings
 from baton.step_time import StepWork
-from baton.worker.engines import SATURATING_TOKENS
+from baton.worker.engines import DEFAULT_PREFILL_SCHEDULER, PREFILL_WINDOW_TOKENS
 from baton.workload import Trace, read_trace, sped_up
 from benchmarks.figures import Bar, Figure
 from benchmarks.peers import DYNAMO
@@ -94,18 +94,18 @@ class Variant:
     is_product: bool = False
 
 
-WINDOW = {"prefill_window_tokens": SATURATING_TOKENS["cuda"]}
+WINDOW = {"prefill_window_tokens": PREFILL_WINDOW_TOKENS["cuda"]}
 """What a vLLM prefill worker on CUDA asks for when nothing else is said."""
-SHORTEST = {"prefill_scheduler": "shortest-prefill:0.05,1"}
+SHORTEST = {"prefill_scheduler": DEFAULT_PREFILL_SCHEDULER}
 P_TOKEN = {"prefill_policy": "p-token"}
-PRODUCT = Variant(name="baton", settings=WINDOW, is_product=True)
+PRODUCT = Variant(name="baton", settings=WINDOW | SHORTEST, is_product=True)
 VARIANTS = (
     PRODUCT,
-    Variant(name="baton, no window"),
-    Variant(name="baton p-token, window of 32,768", settings=P_TOKEN | {"prefill_window_tokens": 32_768}),
-    Variant(name="baton p-token, no window", settings=P_TOKEN),
-    Variant(name="baton, no window, short prompts first", settings=SHORTEST),
-    Variant(name="baton p-token, no window, short prompts first", settings=P_TOKEN | SHORTEST),
+    Variant(name="baton p-token", settings=P_TOKEN | WINDOW | SHORTEST),
+    Variant(name="baton p-token, no window", settings=P_TOKEN | SHORTEST),
+    Variant(name="baton, first come first served", settings=WINDOW),
+    Variant(name="baton, first come first served, no window"),
+    Variant(name="baton, first come first served, window of 8,192", settings={"prefill_window_tokens": 8192}),
 )
 
 

@@ -9,7 +9,7 @@ from baton.fleet_file import FleetFile
 from baton.step_time import LinearStepTime, StepTime
 from baton.step_time.profile import Profile
 from baton.step_time.text import parse_step_time
-from baton.worker.engines import SATURATING_TOKENS
+from baton.worker.engines import PREFILL_WINDOW_TOKENS
 from placement.simulator import UNLIMITED, ColocatedFleet, Fleet, Links, SplitFleet
 from placement.step_table import StepTable, tabulate, tabulate_mixed
 
@@ -119,7 +119,7 @@ def worker_facts(settings: dict[str, Any], profile: Profile | None) -> WorkerFac
         kv_tokens=profile.kv_tokens,
         max_batch=max_batch,
         step_tokens=settings.get("max_num_batched_tokens") or profile.max_step_tokens,
-        window_tokens=wished_window or SATURATING_TOKENS[device],
+        window_tokens=wished_window or PREFILL_WINDOW_TOKENS[device],
         link_base_s=0.0 if link is None else link.latency_s,
         link_token_s=0.0 if link is None else profile.model_shape().kv_bytes_per_token / link.bytes_per_s,
         num_stages=profile.pipeline_parallel_size,

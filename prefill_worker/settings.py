@@ -17,13 +17,13 @@ class PrefillWorkerSettings(WorkerSettings):
     prefill_window_tokens: int | None = option(
         None,
         "prompt tokens this worker takes ahead of what it has computed; a longer prompt comes alone, the "
-        "rest waits at the coordinator; absent: about what keeps the device busy, 512 on cpu, 8192 on cuda",
+        "rest waits at the coordinator; absent: 512 on cpu, 32768 on cuda",
     )
 
-    scheduler: Literal["fcfs", "shortest-prefill"] = option(
-        "fcfs",
-        "which prompt is computed next: first come first served, or the one with least left to compute, "
-        "with ageing (docs/scheduling.md)",
+    scheduler: Literal["fcfs", "shortest-prefill"] | None = option(
+        None,
+        "which prompt is computed next: fcfs, first come first served, or shortest-prefill, the one with "
+        "least left to compute, with ageing (docs/scheduling.md); absent: shortest-prefill with vllm",
     )
 
     def __post_init__(self) -> None:
@@ -33,5 +33,5 @@ class PrefillWorkerSettings(WorkerSettings):
             raise SettingsError(f"kv_lease_s is {self.kv_lease_s}, expected at least 1")
         if self.prefill_window_tokens is not None and self.prefill_window_tokens < 1:
             raise SettingsError(f"prefill_window_tokens is {self.prefill_window_tokens}, expected at least 1")
-        if self.scheduler != "fcfs" and self.engine == "simulated":
+        if self.scheduler == "shortest-prefill" and self.engine == "simulated":
             raise SettingsError(f"the simulated engine is first come first served, not {self.scheduler}")

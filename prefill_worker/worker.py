@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from baton.contract.lifecycle import WorkerRole
-from baton.worker.engines import EngineSchedule, build_engine, prefill_window_tokens
+from baton.worker.engines import build_engine, prefill_schedule, prefill_window_tokens
 from baton.worker.process import run_worker
 from prefill_worker.settings import PrefillWorkerSettings
 
@@ -17,7 +17,7 @@ def run(settings: PrefillWorkerSettings) -> int:
             settings,
             role,
             kv_lease_s=settings.kv_lease_s,
-            schedule=EngineSchedule(policy=settings.scheduler),
+            schedule=prefill_schedule(settings, settings.scheduler),
         ),
         prefill_window_tokens=prefill_window_tokens(settings, settings.prefill_window_tokens),
     )

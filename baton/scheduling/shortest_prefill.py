@@ -19,8 +19,8 @@ from itertools import count
 
 from baton.scheduling.base import JobFacts, Ranked
 
-MAX_OPEN = 3
-AGEING = 0.1
+MAX_OPEN = 1
+AGEING = 0.05
 PER_TOKEN_S = 50e-6
 CHUNK_TOKENS = 2048
 
