@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +24,6 @@ from vllm.config import KVEventsConfig, KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
-from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -42,12 +39,10 @@ from baton.contract.errors import (
 from baton.contract.messages import (
     BlocksStored,
     KvEvent,
-    KvLayout,
     KvSource,
     SequenceDelta,
     StartDecode,
     StartPrefill,
-    WorkerCapacity,
     WorkerLoad,
 )
 from baton.contract.sampling import SamplingSpec
@@ -63,6 +58,7 @@ from baton.engine.vllm_settings import (
     set_environment,
     transfer_arguments,
 )
+from baton.engine.vllm_start import close_sockets, construct, describe, first_line, warm_up
 from baton.engine.vllm_stats import LoadGauge
 from baton.transfer.lease import ReadWindow, time_left_s
 
@@ -76,7 +72,6 @@ SHUTDOWN_GRACE_S = 5.0
 HOLD_UNLESS_STOPPED = "baton_hold_unless_stopped"
 LEASE_END_S = "baton_lease_end_s"
 RELEASE_HELD = "baton_release_held"
-NUM_STAGES = "baton_num_stages"
 STREAM_ID = "baton_stream_id"
 STREAM_LEASE_S = "baton_stream_lease_s"
 
@@ -145,15 +140,23 @@ class VllmEngine:
         )
         try:
             async with asyncio.timeout(settings.start_timeout_s):
-                self._llm = await self._construct()
+                self._llm = await construct(self._construct_blocking)
                 self._llm._run_output_handler()
                 self._llm.output_handler.add_done_callback(self._on_output_handler_ended)
                 self._supported_tasks = await self._llm.get_supported_tasks()
-                description = self._describe(port)
+                config = self._llm.vllm_config
+                description = describe(
+                    settings, config, side_channel_port=port, has_kv_events=self._kv_events is not None
+                )
+                self._max_model_len = description.capacity.max_model_len
+                self._kv_bytes_per_block = description.capacity.kv_bytes_per_block
+                self._gauge.set_capacity(
+                    num_blocks=description.capacity.num_blocks, reads_per_transfer=settings.num_ranks
+                )
                 logger.info("engine loaded took_s=%.1f, warming up", time.monotonic() - started_s)
                 if self._kv_events is not None:
                     self._kv_events.connect()
-                await self._warm_up()
+                await warm_up(self._llm, settings.block_size_tokens, self._max_model_len)
                 if self._kv_events is not None:
                     await self._kv_events.forget_what_was()
                 self._gauge.forget_warm_up()
@@ -171,31 +174,6 @@ class VllmEngine:
             description.transfer_endpoint,
         )
         return description
-
-    async def _construct(self) -> Any:
-        """AsyncLLM's constructor blocks until the child is up: seconds, minutes for a large model."""
-        assert self._loop is not None
-        executor = ThreadPoolExecutor(1, thread_name_prefix="engine-start")
-        children_before = set(multiprocessing.active_children())
-        construction = self._loop.run_in_executor(executor, self._construct_blocking)
-        try:
-            return await asyncio.shield(construction)
-        except asyncio.CancelledError:
-            # The constructor cannot be interrupted, but it notices when its child dies.
-            while not construction.done():
-                for child in set(multiprocessing.active_children()) - children_before:
-                    child.kill()
-                await asyncio.wait([construction], timeout=0.2)
-            if construction.exception() is None:
-                construction.result().shutdown(timeout=0)
-            raise
-        except ServingError:
-            raise
-        except Exception as error:  # whatever vLLM raises about a model or a setting
-            logger.exception("engine did not start")
-            raise EngineFailed(f"engine did not start: {_first_line(error)}") from error
-        finally:
-            executor.shutdown(wait=False)
 
     def _construct_blocking(self) -> Any:
         arguments = AsyncEngineArgs(
@@ -219,71 +197,6 @@ class VllmEngine:
             self._gauge.count_scheduler_fallback()
         return bool(problems)
 
-    def _describe(self, side_channel_port: int) -> EngineDescription:
-        settings, config = self._settings, self._llm.vllm_config
-        model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
-        # Block 0 is vLLM's placeholder and is never handed out.
-        num_blocks = cache.num_gpu_blocks - 1
-        num_kv_heads = model.get_num_kv_heads(parallel) * settings.tensor_parallel_size
-        num_layers = model.get_total_num_hidden_layers()
-        kv_dtype_bytes = _dtype_bytes(cache.cache_dtype, model.dtype)
-        num_tensors = 1 if model.use_mla else 2
-        self._kv_bytes_per_block = (
-            num_tensors
-            * num_layers
-            * num_kv_heads
-            * model.get_head_size()
-            * kv_dtype_bytes
-            * cache.block_size
-        )
-        self._max_model_len = model.max_model_len
-        self._gauge.set_capacity(num_blocks=num_blocks, reads_per_transfer=settings.num_ranks)
-        return EngineDescription(
-            layout=KvLayout(
-                model=settings.model,
-                engine=f"vllm {vllm_version}",
-                transfer=f"nixl {_nixl_version()}",
-                dtype=str(model.dtype).removeprefix("torch."),
-                num_layers=num_layers,
-                num_kv_heads=model.get_total_num_kv_heads(),
-                head_dim=model.get_head_size(),
-                block_size_tokens=cache.block_size,
-            ),
-            capacity=WorkerCapacity(
-                num_blocks=num_blocks,
-                max_batch_size=config.scheduler_config.max_num_seqs,
-                max_model_len=model.max_model_len,
-                kv_bytes_per_block=self._kv_bytes_per_block,
-            ),
-            tensor_parallel_size=settings.tensor_parallel_size,
-            pipeline_parallel_size=settings.pipeline_parallel_size,
-            transfer_endpoint=f"{settings.side_channel_host}:{side_channel_port}",
-            stream_params=self._stream_params(side_channel_port),
-            has_kv_events=self._kv_events is not None,
-        )
-
-    def _stream_params(self, side_channel_port: int) -> dict[str, Any] | None:
-        """Where a decode engine finds this one before there is a prompt."""
-        settings = self._settings
-        if not settings.is_streaming:
-            return None
-        return {
-            "remote_engine_id": self._llm.vllm_config.kv_transfer_config.engine_id,
-            "remote_host": settings.side_channel_host,
-            "remote_port": side_channel_port,
-            "tp_size": settings.tensor_parallel_size,
-            NUM_STAGES: settings.pipeline_parallel_size,
-        }
-
-    async def _warm_up(self) -> None:
-        """The first forward pass loads kernels and takes up to a second: pay it before serving."""
-        num_tokens = min(2 * self._settings.block_size_tokens + 1, self._max_model_len - 3)
-        params = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
-        prompt = tokens_input([1] * max(1, num_tokens))
-        async for _ in self._llm.generate(prompt, params, "warm-up"):
-            pass
-        await self._llm.reset_prefix_cache()
-
     async def stop(self) -> None:
         if self._is_stopping:
             return
@@ -296,7 +209,7 @@ class VllmEngine:
             await asyncio.to_thread(llm.shutdown, SHUTDOWN_GRACE_S)
             if handler is not None:
                 await asyncio.wait([handler], timeout=1.0)
-            _close_sockets(llm.engine_core.resources)
+            close_sockets(llm.engine_core.resources)
         if self._kv_events is not None:
             self._kv_events.close()
         for task in self._tasks:
@@ -433,7 +346,7 @@ class VllmEngine:
         if self._legs.get(leg.handoff_id) is not leg:
             return
         if isinstance(output, BaseException):
-            self._fail(leg, EngineFailed(f"engine failed: {_first_line(output)}"))
+            self._fail(leg, EngineFailed(f"engine failed: {first_line(output)}"))
             return
         completion = output.outputs[0]
         finish_reason = completion.finish_reason if output.finished else None
@@ -552,7 +465,7 @@ class VllmEngine:
             return
         self._is_dead = True
         error = None if task.cancelled() else task.exception()
-        reason = f"engine is dead: {_first_line(error)}" if error else "engine is dead: its process ended"
+        reason = f"engine is dead: {first_line(error)}" if error else "engine is dead: its process ended"
         for leg in list(self._legs.values()):
             self._fail(leg, EngineFailed(reason))
         self._tell().on_engine_dead(reason)
@@ -581,38 +494,9 @@ class VllmEngine:
             logger.warning("command dropped, engine is dead")
 
 
-def _close_sockets(resources: Any) -> None:
-    """vLLM leaves its ZeroMQ context to the garbage collector, which warns of it at any later time."""
-    for socket in (resources.input_socket, resources.output_socket):
-        if socket is not None and not socket.closed:
-            socket.close(linger=0)
-    resources.ctx.term()
-
-
 def _report(error: Exception | None) -> ErrorReport:
     if error is None:
         return ErrorReport(code="aborted", message="aborted on request")
     if isinstance(error, ServingError):
         return error.report()
-    return InvalidRequest(_first_line(error), param=getattr(error, "parameter", None)).report()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _dtype_bytes(cache_dtype: str, model_dtype: Any) -> int:
-    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
-
-    dtype = model_dtype if cache_dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[cache_dtype]
-    num_bytes: int = dtype.itemsize
-    return num_bytes
-
-
-def _nixl_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("nixl")
-    except PackageNotFoundError:
-        return "unknown"
+    return InvalidRequest(first_line(error), param=getattr(error, "parameter", None)).report()

@@ -112,7 +112,7 @@ def test_logprobs_keep_vllms_order() -> None:
 
 
 def test_the_engine_and_the_connector_use_the_same_keys() -> None:
-    from baton.engine import vllm_engine, vllm_settings
+    from baton.engine import vllm_engine, vllm_settings, vllm_start
     from baton.transfer import nixl_connector, nixl_stream_connector, nixl_stream_scheduler
 
     assert vllm_engine.STREAM_ID == nixl_stream_scheduler.STREAM_ID
@@ -131,7 +131,7 @@ def test_the_engine_and_the_connector_use_the_same_keys() -> None:
     both = vllm_settings.VllmEngineSettings(model="m", role=WorkerRole.BOTH, transfer="stream")
     assert vllm_settings.transfer_arguments(both)["kv_connector"] == nixl_connector.CONNECTOR_NAME
     assert vllm_engine.STREAM_LEASE_S == nixl_stream_scheduler.STREAM_LEASE_S
-    assert vllm_engine.NUM_STAGES == nixl_connector.NUM_STAGES
+    assert vllm_start.NUM_STAGES == nixl_connector.NUM_STAGES
 
 
 def test_host_memory_for_kv_comes_behind_nixl() -> None:
