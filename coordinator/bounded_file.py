@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger("baton.coordinator")
@@ -24,13 +25,18 @@ class BoundedFile:
         self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._num_bytes = os.fstat(self._file).st_size
 
+    def _begin_anew(self) -> None:
+        with suppress(FileNotFoundError):  # somebody took it away, or a new one could not be opened before
+            os.replace(self._path, self._path.with_name(self._path.name + ".1"))
+        old = self._file
+        self._open()
+        os.close(old)  # only now: a closed number may soon be somebody's socket
+
     def write(self, line: bytes) -> None:
         """With one write, so that a reader sees whole lines."""
         try:
             if self._num_bytes and self._num_bytes + len(line) > self._max_bytes:
-                os.replace(self._path, self._path.with_name(self._path.name + ".1"))
-                os.close(self._file)
-                self._open()
+                self._begin_anew()
             os.write(self._file, line)
             self._num_bytes += len(line)
         except OSError as error:
