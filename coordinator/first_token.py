@@ -19,7 +19,8 @@ the token already given; logprobs of the first token travel with it.
 
 from __future__ import annotations
 
-from baton.contract.messages import SequenceDelta
+from baton.contract.lifecycle import WorkerRole
+from baton.contract.messages import RequestReport, SequenceDelta
 from baton.contract.sampling import SamplingSpec
 
 
@@ -53,3 +54,11 @@ def prefill_spec(sampling: SamplingSpec, *, is_token_wanted: bool) -> SamplingSp
     return SamplingSpec(
         max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=sampling.prompt_logprobs
     )
+
+
+def seconds_to_first_token(report: RequestReport) -> float:
+    """At the coordinator; the rest of the request's phases came after it."""
+    phases = report.phases
+    to_prefilled_s = phases.queue_s + phases.prefill_s
+    is_by_prefill = report.placement.first_token_by is WorkerRole.PREFILL
+    return to_prefilled_s if is_by_prefill else to_prefilled_s + phases.handoff_s

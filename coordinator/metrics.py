@@ -20,8 +20,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import RequestReport
+from coordinator.first_token import seconds_to_first_token
 
 TTFT_BUCKETS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
@@ -134,21 +134,17 @@ class Metrics(Collector):
         self._queue.observe(phases.queue_s)
         if num_output == 0:
             return
-        to_first = phases.queue_s + phases.prefill_s
-        after_first = phases.decode_s
-        if placement.first_token_by is WorkerRole.PREFILL:
-            after_first += phases.handoff_s
-        else:
-            to_first += phases.handoff_s
+        to_first = seconds_to_first_token(report)
+        whole = phases.queue_s + phases.prefill_s + phases.handoff_s + phases.decode_s
         if placement.first_token_by is not None:
             self._first_tokens.add(placement.first_token_by.value, placement.first_token_reason or "")
         self._prefill.observe(phases.prefill_s)
         self._ttft.observe(to_first)
-        self._e2e.observe(to_first + after_first)
+        self._e2e.observe(whole)
         if num_output > 1:
             self._handoff.observe(phases.handoff_s)
             self._decode.observe(phases.decode_s)
-            self._tpot.observe(after_first / (num_output - 1))
+            self._tpot.observe((whole - to_first) / (num_output - 1))
 
     def on_refused(self, code: str) -> None:
         """Turned away before anything was accepted."""

@@ -14,6 +14,7 @@ import msgspec
 from baton.contract.lifecycle import Outcome
 from baton.contract.messages import RequestReport
 from coordinator.bounded_file import BoundedFile
+from coordinator.first_token import seconds_to_first_token
 
 MAX_BYTES = 16 * 1024**2
 """Of one file; with its predecessor twice that. About 120,000 requests each."""
@@ -32,15 +33,15 @@ class WorkloadLog:
         if report.outcome is not Outcome.COMPLETED or not report.num_output_tokens:
             return
         phases = report.phases
-        ttft_s = phases.queue_s + phases.prefill_s
-        rest_s = phases.handoff_s + phases.decode_s
+        ttft_s = seconds_to_first_token(report)
+        whole_s = phases.queue_s + phases.prefill_s + phases.handoff_s + phases.decode_s
         line = {
-            "arrival_s": round(self._wall_s() - ttft_s - rest_s, 3),
+            "arrival_s": round(self._wall_s() - whole_s, 3),
             "num_prompt_tokens": report.num_prompt_tokens,
             "num_output_tokens": report.num_output_tokens,
             "num_cached_tokens": report.num_cached_tokens,
             "ttft_s": round(ttft_s, 4),
-            "tpot_s": round(rest_s / max(1, report.num_output_tokens - 1), 5),
+            "tpot_s": round((whole_s - ttft_s) / max(1, report.num_output_tokens - 1), 5),
         }
         self._file.write(_encode(line) + b"\n")
 

@@ -2,10 +2,11 @@ import json
 import logging
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from baton.contract.lifecycle import Outcome
-from baton.contract.messages import PhaseTimes, RequestReport
+from baton.contract.lifecycle import Outcome, WorkerRole
+from baton.contract.messages import PhaseTimes, Placement, RequestReport
 from baton.workload import read_trace
 from coordinator.workload_log import WorkloadLog
 
@@ -15,6 +16,7 @@ DONE = RequestReport(
     num_output_tokens=11,
     num_cached_tokens=256,
     phases=PhaseTimes(queue_s=0.1, prefill_s=0.3, handoff_s=0.1, decode_s=0.9),
+    placement=Placement(first_token_by=WorkerRole.PREFILL),
 )
 
 
@@ -35,6 +37,15 @@ def test_a_finished_request_is_a_line_that_the_trace_reader_takes(tmp_path: Path
     }
     trace = read_trace(str(path))
     assert (trace.num_prompt_tokens.tolist(), trace.num_output_tokens.tolist()) == ([700], [11])
+
+
+def test_a_first_token_of_the_decode_worker_comes_after_the_hand_off(tmp_path: Path):
+    path = tmp_path / "asked.jsonl"
+    log = WorkloadLog(path, lambda: 1_000.0)
+    log.on_finished(msgspec.structs.replace(DONE, placement=Placement(first_token_by=WorkerRole.DECODE)))
+    log.close()
+    line = json.loads(path.read_text())
+    assert (line["arrival_s"], line["ttft_s"], line["tpot_s"]) == (998.6, 0.5, 0.09)
 
 
 def test_at_its_limit_it_becomes_the_file_before(tmp_path: Path):
