@@ -81,6 +81,7 @@ class Fleet:
                 base.block_size_tokens,
                 None if role == "decode" else settings.prefill_window_tokens,
             )
+            account.observe(worker.load())  # as the first heartbeat: progress counts from here
             pools[role].add(account)
             self.members.append(Member(number, worker, account, has_events))
             if has_events:

@@ -139,6 +139,7 @@ class _Replay:
             request.is_expired = True
             request.hits = None
             self._ended(request)
+            self._pump()  # those behind it may fit
 
     def _dispatch(self, request: Request, *, is_fresh: bool) -> bool:
         router, now_s = self._fleet.router, self._now_s
@@ -304,9 +305,13 @@ class _Replay:
             member.num_batches += 1
         report = (member, sequence, result.events, member.worker.load())
         if self._settings.report_delay_s:
-            self._at(self._now_s + self._settings.report_delay_s, self._fleet.heard, *report)
+            self._at(self._now_s + self._settings.report_delay_s, self._heard_late, *report)
         else:
             self._fleet.heard(*report)
+
+    def _heard_late(self, *report: Any) -> None:
+        self._fleet.heard(*report)
+        self._pump()  # progress makes room in a window
 
     def _prefill_finished(self, member: Member, request: Request, num_cached_tokens: int) -> None:
         leg_id, now_s = request.leg_id, self._now_s

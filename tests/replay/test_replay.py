@@ -51,6 +51,32 @@ def test_one_request_takes_what_its_parts_take():
     assert result.finished_s[0] - 1.0 == pytest.approx(prefill_s + transfer_s + steps_s)
 
 
+def test_who_gives_up_at_the_head_of_the_queue_lets_the_next_one_start():
+    """
+    1. the first request takes half of the decode worker for seconds
+    2. the second needs more than is left, waits at the head, and gives up after 0.5 s
+    3. the third, which fits, starts at that moment
+    """
+    trace = trace_of(
+        [request(0.0, 800, 700, []), request(0.1, 900, 2, []), request(0.2, 100, 2, [])], name="three"
+    )
+    result = replay(trace, settings("1P1D", num_blocks=100, expected_output_tokens=1, queue_timeout_s=0.5))
+    assert result.finished_s[0] > 2.0
+    assert result.is_served.tolist() == [True, False, True]
+    assert result.first_token_s[2] == pytest.approx(0.6 + 0.004 + 100 * 2e-5)
+
+
+def test_progress_that_is_told_late_makes_room_when_it_is_heard():
+    """A window of 7,200 tokens, steps of 2,048: a second prompt of 1,000 fits once the first step of the
+    one of 8,192 is known, 10 ms after its end and before its second step has ended."""
+    trace = trace_of([request(0.0, 8192, 2, []), request(0.01, 1000, 2, [])], name="two")
+    config = settings("1P1D", prefill_window_tokens=7200, report_delay_s=0.01, expected_output_tokens=1)
+    runner = _Replay(trace, config, None)
+    runner.run()
+    first_step_s = PACE.step_s(StepWork(2048, 0.0, 0, 0))
+    assert runner._requests[1].dispatched_s == pytest.approx(first_step_s + 0.01)
+
+
 def test_the_first_token_by_decode_is_one_step_later():
     trace = trace_of([request(0.0, 100, 5, [])], name="one")
     early = replay(trace, settings("1P1D"))
