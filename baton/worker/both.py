@@ -25,7 +25,7 @@ class BothWorkerSettings(WorkerSettings):
     prefill_window_tokens: int | None = option(
         None,
         "prompt tokens this worker takes ahead of what it has computed; a longer prompt comes alone, the "
-        "rest waits at the coordinator; absent: about what keeps the device busy, 512 on cpu, 8192 on cuda",
+        "rest waits at the coordinator; absent: 512 on cpu, 32768 on cuda",
     )
     kv_load_failure_policy: Literal["recompute", "fail"] = option(
         "recompute", "when another worker's KV does not arrive in time: compute the prompt here, or fail"
