@@ -11,7 +11,9 @@ its steps these decide four things:
   order, and the reads of KV that may begin (they take blocks, but no place). The others are put back after.
 * **Who gives up memory.** When blocks run short, `baton.scheduling.SwapRule` names victims, furthest from
   their turn first. With a host tier (`vllm_host_swap`) their KV is copied there before the blocks are
-  used again. Without one they are computed again, each at most `MAX_RECOMPUTES` times by our choice.
+  used again, and who was evicted stays, once back, until it has received as much again as it had (at least
+  `MIN_STAY_TOKENS`): by our choice an answer of L tokens is swapped out at most 2 + log2(L / 32) times,
+  however short memory is. Without a tier they are computed again, each at most `MAX_RECOMPUTES` times.
 * **Who is charged.** Tokens that were delivered, when they are.
 
 If everything fits into one batch, the batch is exactly vLLM's own.
@@ -41,6 +43,7 @@ OPTIONS = "baton_scheduler"
 """In vLLM's `additional_config`: the options below. In a request's `extra_args`: its facts, by the names
 of `JobFacts`, except `deadline_left_s`, which is time left."""
 MAX_RECOMPUTES = 2
+MIN_STAY_TOKENS = 32
 MAX_READS_PER_STEP = 32
 
 
@@ -70,6 +73,8 @@ class PolicyMixin:
         self._max_unread_blocks = num_blocks // 2
         self._step_s = 0.02
         self._last_step_s: float | None = None
+        self._stays_until: dict[str, int] = {}
+        """Output tokens before which a request that was swapped out once is not swapped out again."""
         self._is_resetting = False
         self._num_recomputed_tokens = 0
         self._num_stalls = 0
@@ -93,6 +98,7 @@ class PolicyMixin:
 
     def _free_request(self, request: Request, *arguments: Any, **named_arguments: Any) -> Any:
         self._step_policy.remove(request.request_id)
+        self._stays_until.pop(request.request_id, None)
         return super()._free_request(request, *arguments, **named_arguments)  # type: ignore[misc]
 
     def _facts(self, request: Request) -> JobFacts:
@@ -239,6 +245,11 @@ class PolicyMixin:
         this: Any = self
         room = num_blocks
         choice = _Choice()
+        staying: set[str] = set()
+        if room is not None:
+            stayers = [request for request in this.running if self._must_stay(request)]
+            staying = {request.request_id for request in stayers}
+            room -= sum(map(self._num_blocks_to_run, stayers))
         loras: set[int] = set()
         num_readers = sum(map(_is_read_pending, this.waiting))
         # A prompt that began is finished: half of it is of no use to anybody.
@@ -250,8 +261,8 @@ class PolicyMixin:
             is_full = len(choice.active) + len(choice.returning) >= num_places
             if is_full and len(choice.reads) >= min(MAX_READS_PER_STEP, num_readers):
                 break
-            num_needed = 0 if room is None else self._num_blocks_to_run(request)
-            if room is not None and num_needed > room:
+            num_needed = 0 if room is None or job_id in staying else self._num_blocks_to_run(request)
+            if room is not None and num_needed > max(0, room):
                 continue
             if _is_read_pending(request):
                 if len(choice.reads) >= MAX_READS_PER_STEP:
@@ -345,6 +356,7 @@ class PolicyMixin:
                 num_blocks=num_blocks,
                 num_backed_blocks=num_backed,
                 is_movable=request.num_in_flight_tokens == 0
+                and not self._must_stay(request)
                 and not request.is_prefill_chunk
                 and not request.resumable,
             )
@@ -372,6 +384,9 @@ class PolicyMixin:
             self._host.num_swaps_out += 1
             if num_tokens - num_before > _block_size(self):
                 self._num_stalls += 1
+        if self._host is not None or math.isinf(self._max_recomputes):
+            num_output = request.num_output_tokens
+            self._stays_until[request.request_id] = num_output + max(MIN_STAY_TOKENS, num_output)
         super()._preempt_request(request, timestamp, drop_stale_output)  # type: ignore[misc]
 
     def reset_prefix_cache(self, *arguments: Any, **named_arguments: Any) -> bool:
@@ -429,6 +444,10 @@ class PolicyMixin:
 
     def _num_new_blocks(self, request: Request) -> int:
         return self._num_blocks_to_run(request) - self._num_blocks(request.num_computed_tokens)
+
+    def _must_stay(self, request: Request) -> bool:
+        """It has not yet made up for its last way to the host and back."""
+        return request.num_output_tokens < self._stays_until.get(request.request_id, 0)
 
     def _is_swapped_out(self, request: Request) -> bool:
         return (

@@ -144,6 +144,34 @@ def test_swapped_kv_is_not_computed_again_and_recomputed_kv_is(only: Any, demo_m
     assert mean_jct(played[True], trace) < mean_jct(played[False], trace)
 
 
+def test_starving_requests_do_not_swap_each_other_out_for_ever(only: Any, demo_model: Path):
+    """Twelve long ones, of which memory holds two, and short ones that want room in between. An answer of
+    220 tokens leaves by our choice at most 2 + log2(220 / 32), that is 4 times."""
+    longs = [(0, 32, 220)] * 12
+    trace = longs + [(6 * (i + 1), 24, 8) for i in range(60)]
+    config = only.engine_config(str(demo_model), max_model_len=512, kv_transfer_config=only.host_swap())
+    ours = only.make_scheduler(scheduler_class(), config, num_blocks=20, max_batch_size=4)
+    num_chosen: dict[str, int] = {}
+    choose = ours._swap_rule.choose
+
+    class Rule:
+        def choose(self, *arguments: Any, **named: Any) -> Any:
+            choice = choose(*arguments, **named)
+            for job_id in choice.evict:
+                num_chosen[job_id] = num_chosen.get(job_id, 0) + 1
+            return choice
+
+        reserve_blocks = ours._swap_rule.reserve_blocks
+
+    ours._swap_rule = Rule()
+    played = only.play(ours, jobs(only, trace))
+    check_complete(only, ours, played, trace, 20)
+    assert max(num_chosen.values()) <= 4
+    assert ours._host.num_swaps_out <= 3 * len(trace)
+    assert ours._num_recomputed_tokens == 0
+    assert not ours._stays_until
+
+
 def test_nobody_is_parked_longer_than_the_bound(only: Any, demo_model: Path):
     """Starvation 3 s = 150 steps of 20 ms; boosts of 8 tokens on half of 4 places."""
     trace = bimodal(seed=5, num=150, load=1.3)
