@@ -53,11 +53,19 @@ QUICK = Effort(num_seeds=1, num_requests=40, num_simulated_seeds=2, num_simulate
 
 
 def run(effort: Effort, *, rows: list[str] | None = None) -> Report:
-    """`rows`: of engine, memory, step, simulated, cost, fleet. A quick run starts two engines only."""
+    """`rows`: of engine, memory, step, simulated, prefill, cost, fleet. A quick run starts two engines."""
     report = Report("preemption")
-    wanted = rows or ["engine", "simulated", "cost", *(["memory", "step", "fleet"] if effort is FULL else [])]
+    wanted = rows or [
+        "engine",
+        "simulated",
+        "prefill",
+        "cost",
+        *(["memory", "step", "fleet"] if effort is FULL else []),
+    ]
     if "simulated" in wanted:
         _simulated(report, effort)
+    if "prefill" in wanted:
+        _simulated_prefills(report, range(effort.num_simulated_seeds), effort.num_simulated_jobs)
     if "cost" in wanted:
         _order_cost(report)
     if not is_complete(DEMO_MODEL):
@@ -316,7 +324,6 @@ def _simulated(report: Report, effort: Effort) -> None:
             _figure(f"{workload.name}_mean", f"fcfs / {POLICY}", "x", values, Bar(">=", limit))
         )
     _simulated_memory(report, seeds, num_jobs)
-    _simulated_prefills(report, seeds, num_jobs)
 
 
 def _measures(fcfs: simulation.Served, ours: simulation.Served) -> dict[str, float]:

@@ -247,7 +247,11 @@ class PolicyMixin:
         choice = _Choice()
         staying: set[str] = set()
         if room is not None:
-            stayers = [request for request in this.running if self._must_stay(request)]
+            stayers = [
+                request
+                for request in this.running
+                if request.request_id in self._stays_until and self._must_stay(request)
+            ]
             staying = {request.request_id for request in stayers}
             room -= sum(map(self._num_blocks_to_run, stayers))
         loras: set[int] = set()
@@ -290,16 +294,22 @@ class PolicyMixin:
         entering = set(joiners)
         growth = sum(self._num_new_blocks(by_id[i]) for i in (*admitted, *choice.active) if i not in entering)
         num_free = this.kv_cache_manager.block_pool.get_num_free_blocks()
+        arriving = sum(self._num_blocks_to_run(by_id[i]) for i in (*joiners, *choice.reads))
+        holdings: dict[str, Holding] = {}
+        waits = [0.0] * len(sequence)
+        if self._swap_rule.may_move(num_free, growth + arriving) or self._is_anyone_out(by_id):
+            holdings = self._holdings([by_id[job_id] for job_id in sequence])
+            waits = self._step_policy.waits(
+                sequence, num_places=self._max_batch_size, step_s=self._step_s, now_s=now_s
+            )
         moves = self._swap_rule.choose(
             sequence,
-            self._step_policy.waits(
-                sequence, num_places=self._max_batch_size, step_s=self._step_s, now_s=now_s
-            ),
-            {job_id: holding for job_id in sequence if (holding := self._holding(by_id[job_id])) is not None},
+            waits,
+            holdings,
             num_places=len(runs_next),
             num_free_blocks=num_free,
             num_growth_blocks=growth,
-            num_arriving_blocks=sum(self._num_blocks_to_run(by_id[i]) for i in (*joiners, *choice.reads)),
+            num_arriving_blocks=arriving,
         )
         for job_id in moves.evict:
             this.running.remove(by_id[job_id])
@@ -343,27 +353,31 @@ class PolicyMixin:
             choice.active[this.running[0].request_id] = None
         return entrants
 
-    def _holding(self, request: Request) -> Holding | None:
-        if request.status == RequestStatus.RUNNING:
-            num_blocks = self._num_blocks(request.num_computed_tokens)
-            if self._host is None:
-                num_backed = num_blocks if request.num_preemptions < self._max_recomputes else 0
-            else:
-                num_full = request.num_computed_tokens // _block_size(self)
-                is_saved = self._host.num_saved_tokens(request.request_id) >= num_full * _block_size(self)
-                num_backed = num_blocks if is_saved else 0
-            return Holding(
-                num_blocks=num_blocks,
-                num_backed_blocks=num_backed,
-                is_movable=request.num_in_flight_tokens == 0
-                and not self._must_stay(request)
-                and not request.is_prefill_chunk
-                and not request.resumable,
-            )
-        if self._is_swapped_out(request):
-            num_blocks = self._num_blocks_to_run(request)
-            return Holding(num_blocks=num_blocks, num_backed_blocks=num_blocks, is_resident=False)
-        return None
+    def _holdings(self, requests: Iterable[Request]) -> dict[str, Holding]:
+        """Of every resident in every step where memory is short, so it looks up little."""
+        block_size, host, stays_until = _block_size(self), self._host, self._stays_until
+        holdings: dict[str, Holding] = {}
+        for request in requests:
+            request_id = request.request_id
+            if request.status == RequestStatus.RUNNING:
+                num_computed = request.num_computed_tokens
+                if host is None:
+                    is_backed = request.num_preemptions < self._max_recomputes
+                else:
+                    num_full = num_computed // block_size * block_size
+                    is_backed = host.num_saved_tokens(request_id) >= num_full
+                num_blocks = -(-num_computed // block_size)
+                is_movable = (
+                    request.num_in_flight_tokens == 0
+                    and not (request_id in stays_until and self._must_stay(request))
+                    and not request.is_prefill_chunk
+                    and not request.resumable
+                )
+                holdings[request_id] = Holding(num_blocks, num_blocks if is_backed else 0, True, is_movable)
+            elif self._is_swapped_out(request):
+                num_blocks = self._num_blocks_to_run(request)
+                holdings[request_id] = Holding(num_blocks, num_blocks, is_resident=False)
+        return holdings
 
     def _back_up(self, request: Request) -> None:
         """Its full blocks; the last, unfinished one follows when it is evicted."""
@@ -447,7 +461,8 @@ class PolicyMixin:
 
     def _must_stay(self, request: Request) -> bool:
         """It has not yet made up for its last way to the host and back."""
-        return request.num_output_tokens < self._stays_until.get(request.request_id, 0)
+        until = self._stays_until.get(request.request_id)
+        return until is not None and request.num_output_tokens < until
 
     def _is_swapped_out(self, request: Request) -> bool:
         return (
@@ -463,6 +478,10 @@ class PolicyMixin:
         this: Any = self
         num_cached = this.kv_cache_manager.get_computed_blocks(request)[1]
         return self._host.num_to_load(request, num_cached) == 0
+
+    def _is_anyone_out(self, by_id: dict[str, Request]) -> bool:
+        this: Any = self
+        return len(by_id) > len(this.running) and any(map(self._is_swapped_out, by_id.values()))
 
     def _fits_loras(self, request: Request, loras: set[int]) -> bool:
         this: Any = self

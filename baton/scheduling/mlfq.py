@@ -190,17 +190,20 @@ class Mlfq(Ranked):
         or until its boost is due, if that is sooner."""
         waits: list[float] = []
         burnt = 0.0
+        base, boosts, last_run_s = self._base_quantum, self._boosts, self._last_run_s
+        until_boost_s = self._starvation_s - now_s
         for position, job_id in enumerate(order):
             account = self._accounts[job_id]
-            depth = self.ladder(account.level) + account.used
+            depth = (base << account.level) - base + account.used
             if position < num_places:
                 waits.append(0.0)
-            elif job_id in self._boosts:
+            elif job_id in boosts:
                 waits.append(1.0)
             else:
-                to_run = max(1.0, (position * (depth + 1) - burnt) / num_places)
-                to_boost = (self._last_run_s[job_id] + self._starvation_s - now_s) / step_s
-                waits.append(max(1.0, min(to_run, to_boost)))
+                to_run = (position * (depth + 1) - burnt) / num_places
+                to_boost = (last_run_s[job_id] + until_boost_s) / step_s
+                soonest = to_run if to_run < to_boost else to_boost
+                waits.append(soonest if soonest > 1.0 else 1.0)
             burnt += depth
         return waits
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holding:
+class Holding(NamedTuple):
     """One request's KV. Blocks on the device are given up all at once or kept all."""
 
     num_blocks: int
@@ -76,10 +76,14 @@ class SwapRule:
         runs_next = {job_id for job_id, _ in queue[:num_places]}
         wait_of = dict(zip(order, waits, strict=True))
         leaving_order = sorted(
-            (job_id for job_id, held in queue if held.is_resident and held.is_movable),
-            key=lambda job_id: -wait_of[job_id],
+            (
+                job_id
+                for job_id, held in queue
+                if held.is_resident and held.is_movable and job_id not in runs_next
+            ),
+            key=wait_of.__getitem__,
+            reverse=True,
         )
-        leaving_order = [job_id for job_id in leaving_order if job_id not in runs_next]
         returning = [
             (job_id, held) for job_id, held in queue[:num_places] if not held.is_resident and held.is_movable
         ]
@@ -122,6 +126,10 @@ class SwapRule:
             bring_back.append(job_id)
         missing = max(0, num_growth_blocks + num_arriving_blocks - num_free_blocks - freed)
         return SwapChoice(tuple(back_up), tuple(evict), tuple(bring_back), missing)
+
+    def may_move(self, num_free_blocks: int, num_wanted_blocks: int) -> bool:
+        """False: with nobody swapped out there is nothing to do, whoever holds what."""
+        return self._is_tight(num_free_blocks) or num_wanted_blocks + self.reserve_blocks > num_free_blocks
 
     def _is_tight(self, num_free_blocks: int) -> bool:
         return num_free_blocks < self.reserve_blocks + self.lookahead_blocks

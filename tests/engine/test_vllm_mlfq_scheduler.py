@@ -162,6 +162,7 @@ def test_starving_requests_do_not_swap_each_other_out_for_ever(only: Any, demo_m
             return choice
 
         reserve_blocks = ours._swap_rule.reserve_blocks
+        may_move = ours._swap_rule.may_move
 
     ours._swap_rule = Rule()
     played = only.play(ours, jobs(only, trace))
