@@ -49,7 +49,7 @@ class Effort:
 
 
 FULL = Effort(num_seeds=3, num_requests=200, num_simulated_seeds=10, num_simulated_jobs=1500)
-QUICK = Effort(num_seeds=1, num_requests=40, num_simulated_seeds=2, num_simulated_jobs=300)
+QUICK = Effort(num_seeds=1, num_requests=40, num_simulated_seeds=2, num_simulated_jobs=150)
 
 
 def run(effort: Effort, *, rows: list[str] | None = None) -> Report:
