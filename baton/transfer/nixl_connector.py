@@ -80,6 +80,11 @@ NUM_STAGES = "baton_num_stages"
 """In a prefill request's result: its pipeline stages, where there are several. A reader with another
 number must not read: it would take one stage's layers for all."""
 
+RELEASE_GRACE_S = 1.0
+"""How long a hold outlives its release. Its reader may be at work, and when it has just connected its read
+only ends if this engine takes steps; without holds it takes none, and the reader's blocks would wait
+for the pull time-out."""
+
 # vLLM's logger, so that lines of engine processes look alike and reach the same place.
 logger = init_logger(f"vllm.{__name__}")
 
@@ -231,6 +236,7 @@ class LeasedPullWorker(NixlPullConnectorWorker):
         self._windows: dict[str, ReadWindow] = {}
         self._read_started_s: dict[str, float] = {}
         self._to_report_sent: set[str] = set()
+        self._release_due_s: dict[str, float] = {}
         self._released_at_s: dict[str, float] = {}
         self._forget_released_after_s = 2.0 * float(
             vllm_config.kv_transfer_config.get_from_extra_config("kv_lease_duration", 30)
@@ -248,7 +254,9 @@ class LeasedPullWorker(NixlPullConnectorWorker):
         super().start_load_kv(metadata)
         if isinstance(metadata, LeasedMetadata):
             # After the base class has taken over this step's new holds: they may be among these.
-            self._release(metadata.released_req_ids)
+            due_s = time.monotonic() + RELEASE_GRACE_S
+            for req_id in metadata.released_req_ids & self._reqs_to_send.keys():
+                self._release_due_s.setdefault(req_id, due_s)
 
     def _read_blocks_for_req(self, req_id: str, meta: ReqMeta) -> None:
         window = self._windows.get(req_id)
@@ -309,6 +317,7 @@ class LeasedPullWorker(NixlPullConnectorWorker):
         for req_id in results.finished_recving:
             self._windows.pop(req_id, None)
             self._read_started_s.pop(req_id, None)
+        self._release_due(results.finished_sending)
         if self._released_at_s:
             # Reported when they were released; a reader's late notice must not free them twice.
             results.finished_sending -= self._released_at_s.keys()
@@ -318,12 +327,17 @@ class LeasedPullWorker(NixlPullConnectorWorker):
             self._to_report_sent = set()
         return results
 
-    def _release(self, req_ids: set[str]) -> None:
-        for req_id in req_ids:
+    def _release_due(self, read_req_ids: set[str]) -> None:
+        """A read under way needs this engine's steps, and it steps while it holds something."""
+        now_s = time.monotonic()
+        for req_id, due_s in list(self._release_due_s.items()):
+            if req_id not in read_req_ids and now_s < due_s:
+                continue
+            del self._release_due_s[req_id]
             if self._reqs_to_send.pop(req_id, None) is not None:
                 # Stays in _reqs_to_process: a notice that is under way is then nothing to log.
                 self._to_report_sent.add(req_id)
-                self._released_at_s[req_id] = time.monotonic()
+                self._released_at_s[req_id] = now_s
 
     def _forget_old_releases(self) -> None:
         now_s = time.monotonic()

@@ -46,6 +46,31 @@ def largest_difference(ours: LegResult, theirs: LegResult) -> float:
     )
 
 
+def test_abort_while_the_decode_worker_fetches(vllm_pair: EnginePair) -> None:
+    """Aborted at every moment between dispatch and first token: always free again on both sides. Before
+    all others in this file: the two engines have not connected yet, which takes steps of both."""
+
+    async def scenario(pause_s: float, handoff_id: str) -> LegResult:
+        prompt = random_prompt(640, seed=12)
+        finished = await vllm_pair.run_prefill(prompt, GREEDY, handoff_id=handoff_id)
+        assert isinstance(finished, FinishedPrefill)
+        sampling = SamplingSpec(max_tokens=1000, temperature=0.0, ignore_eos=True)
+        done = vllm_pair.begin_decode(
+            [*prompt, *finished.delta.token_ids], sampling, finished.kv_source, handoff_id
+        )
+        await asyncio.sleep(pause_s)
+        vllm_pair.decode.abort(handoff_id)
+        vllm_pair.prefill.abort(handoff_id)
+        return await done
+
+    for step in range(12):
+        vllm_pair.run(vllm_pair.forget_prefixes())
+        result = vllm_pair.run(scenario(step * 0.001, f"abort-fetch-{step}"))
+        assert result.error is not None
+        assert result.error.code == "aborted"
+        vllm_pair.run(vllm_pair.wait_until_free())
+
+
 @FIRST_TOKEN_BY
 @pytest.mark.parametrize(
     "num_tokens", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 5 * BLOCK - 1, 5 * BLOCK, 700, 2000]
@@ -322,30 +347,6 @@ def test_abort_of_a_finished_prefill_gives_its_hold_back(vllm_pair: EnginePair) 
     vllm_pair.run(abort())
     vllm_pair.run(vllm_pair.wait_until_free())
     assert time.monotonic() - started_s < LEASE_S / 2
-
-
-def test_abort_while_the_decode_worker_fetches(vllm_pair: EnginePair) -> None:
-    """Aborted at every moment between dispatch and first token: always free again on both sides."""
-
-    async def scenario(pause_s: float, handoff_id: str) -> LegResult:
-        prompt = random_prompt(640, seed=12)
-        finished = await vllm_pair.run_prefill(prompt, GREEDY, handoff_id=handoff_id)
-        assert isinstance(finished, FinishedPrefill)
-        sampling = SamplingSpec(max_tokens=1000, temperature=0.0, ignore_eos=True)
-        done = vllm_pair.begin_decode(
-            [*prompt, *finished.delta.token_ids], sampling, finished.kv_source, handoff_id
-        )
-        await asyncio.sleep(pause_s)
-        vllm_pair.decode.abort(handoff_id)
-        vllm_pair.prefill.abort(handoff_id)
-        return await done
-
-    for step in range(12):
-        vllm_pair.run(vllm_pair.forget_prefixes())
-        result = vllm_pair.run(scenario(step * 0.001, f"abort-fetch-{step}"))
-        assert result.error is not None
-        assert result.error.code == "aborted"
-        vllm_pair.run(vllm_pair.wait_until_free())
 
 
 # ── leases ────────────────────────────────────────────────────────────────────────────────────
