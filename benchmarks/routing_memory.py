@@ -1,6 +1,6 @@
 """`bench.sh routing`, rows `memory`: does what the coordinator remembers of prefixes stop growing?
 
-    python -m benchmarks.routing_memory --requests 500000
+    python -m benchmarks.routing_memory --requests 1200000
 
 The coordinator's real core in a process of its own, driven with facts as the sockets would: every
 request has a prompt nobody had before, its blocks are announced, and removed when the worker's cache
@@ -63,7 +63,7 @@ CHURN_EVERY = 5_000
 """Requests between a worker's leaving and the next one's."""
 MAX_SLOPE_MIB_PER_MIN = 1.0
 WARM_UP_SHARE = 0.4
-"""Of the run; until then caches and index fill."""
+"""Of the run; until then caches and index fill, for a million prefixes."""
 
 
 class _Sink:
@@ -238,7 +238,7 @@ def measure(report: Report, *, num_requests: int, is_judged: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.routing_memory")
-    parser.add_argument("--requests", type=int, default=500_000)
+    parser.add_argument("--requests", type=int, default=1_200_000)
     print(json.dumps(run_here(parser.parse_args().requests)))
     return 0
 
