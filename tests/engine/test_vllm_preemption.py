@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
 import torch
 
-from baton.contract.sampling import SamplingSpec
+from baton.contract.lifecycle import WorkerRole
+from baton.contract.sampling import SamplingSpec, StructuredOutput
+from baton.engine.base import FinishedPrefill
 from tests.engine.pair import EnginePair, LegResult
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow, pytest.mark.timeout(600)]
@@ -46,7 +49,8 @@ def test_on_cuda_vllms_own_offload_keeps_the_tokens(demo_model: Path) -> None:
 
 def test_handed_off_requests_are_swapped_and_keep_their_tokens(demo_model: Path) -> None:
     """
-    1. five long requests and eight short ones for two places and memory for three long ones
+    1. five long requests, eight short ones and two that must keep to a shape, for two places; memory for
+       three long ones
     2. their KV comes by NIXL, leaves for the host and comes back; nothing is computed twice
     3. every answer is what the engine says when it is asked alone
     """
@@ -72,9 +76,25 @@ def test_handed_off_requests_are_swapped_and_keep_their_tokens(demo_model: Path)
             )
             for position, (num_prompt, num_output) in enumerate(sizes)
         ]
+        shape = StructuredOutput(regex="[0-9]{20}-[a-z]{20}")
+        jobs += [
+            (
+                [(i * 11 + start) % 2000 for i in range(30)],
+                SamplingSpec(max_tokens=60, temperature=0.0, structured_output=shape),
+            )
+            for start in (5, 6)
+        ]
+
+        def handoff(
+            prompt: list[int], sampling: SamplingSpec
+        ) -> Awaitable[tuple[FinishedPrefill, LegResult]]:
+            # A grammar starts with the answer: whoever continues it must have sampled all of it.
+            has_shape = sampling.structured_output is not None
+            by = WorkerRole.DECODE if has_shape else WorkerRole.PREFILL
+            return pair.handoff(prompt, sampling, first_token_by=by)
 
         async def together() -> list[LegResult]:
-            return [result for _, result in await asyncio.gather(*(pair.handoff(*job) for job in jobs))]
+            return [result for _, result in await asyncio.gather(*(handoff(*job) for job in jobs))]
 
         results = pair.run(together(), timeout_s=200)
         load = pair.decode.load()
