@@ -22,6 +22,7 @@ LAYERS: list[list[str]] = [
         "baton.ports",
         "baton.devices",
         "baton.step_time",
+        "baton.named_spec",
         "baton.handoff",
     ],
     ["baton.telemetry", "baton.demo_model", "baton.processes", "baton.workload", "baton.fleet_file"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from baton.named_spec import parse_named_spec
 from baton.policy.aibrix_filter import AibrixFilter
 from baton.policy.base import Policy
 from baton.policy.cache_aware import CacheAware
@@ -50,17 +51,5 @@ NAMES = tuple(_MAKERS)
 
 def by_name(spec: str) -> Policy:
     """A new policy object. Raises ValueError naming the policy, the parameter and what is allowed."""
-    name, _, text = spec.partition(":")
-    if name not in _MAKERS:
-        raise ValueError(f"no policy is called {name!r}; there are {', '.join(NAMES)}")
-    make, types = _MAKERS[name]
-    parameters = text.split(",") if text else []
-    if len(parameters) > len(types):
-        raise ValueError(f"{name} takes {len(types)} parameters, {spec!r} gives {len(parameters)}")
-    values = []
-    for kind, parameter in zip(types, parameters, strict=False):
-        try:
-            values.append(kind(parameter))
-        except ValueError:
-            raise ValueError(f"{spec!r}: {parameter!r} is no {kind.__name__}") from None
+    _, make, values = parse_named_spec(spec, _MAKERS, noun="policy")
     return make(*values)

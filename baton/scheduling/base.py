@@ -18,6 +18,7 @@ other requests' work (a long prompt, say), and who is charged for that sinks for
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
@@ -71,7 +72,7 @@ class StepPolicy(Protocol):
         those that run now. `step_s` is about how long a step takes."""
 
 
-class Ranked:
+class Ranked(ABC):
     """Policies whose order is a sort by one key per request, kept up to date on every charge."""
 
     def __init__(self) -> None:
@@ -84,13 +85,15 @@ class Ranked:
         self._jobs[job.job_id] = job
         self._ranks[job.job_id] = self._first_rank(job, now_s)
 
+    @abstractmethod
     def _first_rank(self, job: JobFacts, now_s: float) -> tuple[float, ...]:
-        raise NotImplementedError
+        """Smaller goes first; what a policy knows of a request when it comes."""
 
+    @abstractmethod
     def charge(
         self, job_id: str, *, num_prefill_tokens: int = 0, num_output_tokens: int = 0, now_s: float
     ) -> None:
-        """Service does not change the rank."""
+        """Changes the rank by the service, if that counts."""
 
     def remove(self, job_id: str) -> None:
         self._jobs.pop(job_id, None)

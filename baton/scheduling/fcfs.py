@@ -20,3 +20,8 @@ class Fcfs(Ranked):
 
     def _first_rank(self, job: JobFacts, now_s: float) -> tuple[float, ...]:
         return (job.priority, next(self._turn))
+
+    def charge(
+        self, job_id: str, *, num_prefill_tokens: int = 0, num_output_tokens: int = 0, now_s: float
+    ) -> None:
+        """Service does not count."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from baton.named_spec import parse_named_spec
 from baton.scheduling.base import StepPolicy
 from baton.scheduling.fcfs import Fcfs
 from baton.scheduling.first_iteration import FirstIteration
@@ -65,19 +66,7 @@ def by_name(
     """A new policy object. `first_iteration`: what a prompt costs where prompts are computed beside
     decodes; `chunk_tokens` and `prompt_token_s`: how many prompt tokens a step of a prefill worker takes
     and how long each. Raises ValueError naming the policy, the parameter and what is allowed."""
-    name, _, text = spec.partition(":")
-    if name not in _MAKERS:
-        raise ValueError(f"no scheduler is called {name!r}; there are {', '.join(NAMES)}")
-    make, types = _MAKERS[name]
-    parameters = text.split(",") if text else []
-    if len(parameters) > len(types):
-        raise ValueError(f"{name} takes {len(types)} parameters, {spec!r} gives {len(parameters)}")
-    values = []
-    for kind, parameter in zip(types, parameters, strict=False):
-        try:
-            values.append(kind(parameter))
-        except ValueError:
-            raise ValueError(f"{spec!r}: {parameter!r} is no {kind.__name__}") from None
+    name, make, values = parse_named_spec(spec, _MAKERS, noun="scheduler")
     if name == ShortestPrefill.name:
         return ShortestPrefill(
             *values,

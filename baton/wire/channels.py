@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import zmq
@@ -31,7 +32,7 @@ starve the doors. A worker that tells its whole prefix cache sends hundreds that
 KEEPALIVE_MS = 2_000
 
 
-class _Channel:
+class _Channel(ABC):
     def __init__(self, kind: int, context: zmq.Context[zmq.Socket[bytes]] | None) -> None:
         self._context = context or zmq.Context.instance()
         self._socket: zmq.Socket[bytes] = self._context.socket(kind)
@@ -97,8 +98,9 @@ class _Channel:
                 break
         self._drain_soon()
 
+    @abstractmethod
     def _deliver(self, frames: list[bytes]) -> None:
-        raise NotImplementedError
+        """One message as it came, envelope and all."""
 
 
 class RouterChannel(_Channel):
