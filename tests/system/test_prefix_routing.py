@@ -59,19 +59,32 @@ def num_exact(reports: list[RequestReport]) -> int:
     return sum(p.predicted_hit_tokens == p.hit_tokens for p in placements)
 
 
+def check_predictions(reports: list[RequestReport]) -> None:
+    """Of the later turns' hits 99 % are the predicted ones.
+
+    First turns of sessions with one beginning may wait at a worker together, and it computes the shorter
+    prompt first: then that one misses and the one expected to compute the beginning hits. Which of them
+    hits is the engine's business, how much they hit together is not.
+    """
+    later = [report for number, report in enumerate(reports) if number % NUM_TURNS]
+    assert num_exact(later) >= 0.99 * len(later)
+    predicted = sum(report.placement.predicted_hit_tokens or 0 for report in reports)
+    assert predicted == pytest.approx(sum(report.placement.hit_tokens or 0 for report in reports), rel=0.01)
+
+
 def hit_share(reports: list[RequestReport]) -> float:
     return sum(r.placement.hit_tokens or 0 for r in reports) / sum(r.num_prompt_tokens for r in reports)
 
 
 def test_hits_are_as_predicted(fleet: Fleet) -> None:
     """
-    1. 20 sessions of 6 turns, 4 at once: for at least 99 % of the requests the hit is the predicted one
+    1. 20 sessions of 6 turns, 4 at once: the hits are the predicted ones
     2. nearly every later turn found its session's worker: most of all prompt tokens were hits
     3. the metrics say the same
     """
     reports = serve_sessions(fleet, first_seed=1000)
     assert len(reports) == 120
-    assert num_exact(reports) >= 119  # 99 %
+    check_predictions(reports)
     assert hit_share(reports) > 0.5
     assert {r.placement.prefill_worker for r in reports} >= {"prefill-1", "prefill-2"}
     metrics = fleet.ask("GET", "/metrics").body.decode()
@@ -105,5 +118,5 @@ def test_round_robin_computes_more(fleet: Fleet) -> None:
     fleet.start_coordinator("--prefill-policy", "round-robin")
     fleet.wait_until_ready()
     theirs = serve_sessions(fleet, first_seed=3000)
-    assert num_exact(theirs) >= 119  # who decides does not change what is known
+    check_predictions(theirs)  # who decides does not change what is known
     assert hit_share(theirs) < ours
