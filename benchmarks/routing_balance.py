@@ -116,7 +116,7 @@ def _stuck(report: Report, repeats: int) -> None:
         with LiveFleet("balance-stuck") as fleet:
             fleet.start_coordinator("--prefill-timeout-s", 8)
             fleet.start_worker("prefill", "p", *ENGINE, *SLOW, num_workers=7)
-            fleet.start_worker("prefill", "stuck", *ENGINE, *SLOW, "--simulated-never-answer", "prefill")
+            fleet.start_worker("prefill", "stuck", *ENGINE, *SLOW, "--simulated-fault", "prefill:stall")
             fleet.start_worker("decode", "d", *ENGINE, *FAST, num_workers=4)
             fleet.wait_until_ready()
             trace = SingleTurnWorkload(

@@ -13,9 +13,10 @@ def run(settings: DecodeWorkerSettings) -> int:
     return run_worker(
         settings,
         role,
-        lambda: build_engine(
+        lambda worker_id: build_engine(
             settings,
             role,
+            worker_id=worker_id,
             kv_load_failure_policy=settings.kv_load_failure_policy,
             schedule=EngineSchedule(
                 policy=settings.scheduler,

@@ -13,9 +13,10 @@ def run(settings: PrefillWorkerSettings) -> int:
     return run_worker(
         settings,
         role,
-        lambda: build_engine(
+        lambda worker_id: build_engine(
             settings,
             role,
+            worker_id=worker_id,
             kv_lease_s=settings.kv_lease_s,
             schedule=prefill_schedule(settings, settings.scheduler),
         ),

@@ -6,7 +6,7 @@ it has, is `baton.simulation`, the same code that replays traces in virtual time
 (`simulated_pace`), tokens (`simulated_model`), and KV from other workers (`simulated_fetches`). All tokens
 of a step are reported in one call, then what the step changed in the prefix cache.
 
-`faults` and `die` make it misbehave on purpose.
+`faults` (`simulated_faults`) and `die` make it misbehave on purpose.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from baton.contract.messages import (
 )
 from baton.contract.tokens import TOKEN_BYTES
 from baton.engine.base import EngineDescription, EngineListener, FinishedPrefill
+from baton.engine.simulated_faults import Fault, Faults
 from baton.engine.simulated_fetches import Fetches
 from baton.engine.simulated_holds import HoldIds
 from baton.engine.simulated_model import SimulatedSequence, prompt_logprobs, unsupported
 from baton.engine.simulated_pace import Pace
-from baton.engine.simulated_settings import Faults, SimulatedEngineSettings, describe
+from baton.engine.simulated_settings import SimulatedEngineSettings, describe
 from baton.engine.simulated_transfer import KvServer
 from baton.policy.prefix_hash import PrefixHasher
 from baton.simulation import FinishedLeg, SimulatedWorker, SimulatedWorkerSettings, StepResult
@@ -49,16 +50,18 @@ logger = logging.getLogger(__name__)
 
 
 class _Leg:
-    __slots__ = ("has_source", "is_stuck", "num_prompt_logprobs", "sequence", "started_s")
+    __slots__ = ("is_deaf", "num_prompt_logprobs", "sequence", "source", "started_s", "token_fault")
 
     def __init__(self, sequence: SimulatedSequence, started_s: float) -> None:
         self.sequence = sequence
         self.started_s = started_s
         self.num_prompt_logprobs: int | None = None
         """Still to be given."""
-        self.has_source = False
-        self.is_stuck = False
-        """By a fault: it never computes anything."""
+        self.source: KvSource | None = None
+        self.is_deaf = False
+        """By a fault: nothing is ever heard of it again."""
+        self.token_fault: Fault | None = None
+        """To come instead of a token."""
 
     def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
         if self.num_prompt_logprobs is None:
@@ -94,6 +97,8 @@ class SimulatedEngine:
         self._hasher = PrefixHasher(settings.block_size_tokens)
         self._legs: dict[str, _Leg] = {}
         """In flight; the worker knows each of them too, but for those about to be refused."""
+        self._prefill_faults: dict[str, Fault] = {}
+        """To come, by leg."""
         self._holds = HoldIds()
         self._server = KvServer(self._read_hold)
         self._fetches = Fetches(self._clock, settings.transfer_s, self._on_kv, self._on_no_kv)
@@ -101,7 +106,7 @@ class SimulatedEngine:
         self._num_kv_transfers = 0
         self._num_kv_transfer_failures = 0
         self._transfer_endpoint = ""
-        self._pace = Pace(self._worker, self._clock, self._report, self._fetches.begin, self.die)
+        self._pace = Pace(self._worker, self._clock, self._report, self._on_blocks, self.die)
         self._listener: EngineListener
         self._loop: asyncio.AbstractEventLoop
 
@@ -121,14 +126,10 @@ class SimulatedEngine:
 
     def start_prefill(self, message: StartPrefill) -> None:
         leg = _Leg(self._sequence(message), self._clock.now_s())
-        leg.num_prompt_logprobs = message.sampling.prompt_logprobs
-        leg.is_stuck = self.faults.never_answer == "prefill"
-        if not self._begin(leg, message, num_tokens_at_most=leg.sequence.num_prompt_tokens):
-            return
-        if leg.is_stuck:
-            self._add_stuck(leg)
-            return
         sequence = leg.sequence
+        leg.num_prompt_logprobs = message.sampling.prompt_logprobs
+        if not self._begin(leg, message, num_tokens_at_most=sequence.num_prompt_tokens):
+            return
         self._worker.add_prefill(
             sequence.handoff_id,
             sequence.num_prompt_tokens,
@@ -141,17 +142,13 @@ class SimulatedEngine:
     def start_decode(self, message: StartDecode) -> None:
         leg = _Leg(self._sequence(message), self._clock.now_s())
         sequence, source = leg.sequence, message.kv_source
-        leg.is_stuck = self.faults.never_answer == "decode"
-        leg.has_source = source is not None
+        leg.source = source
         if source is None:
             leg.num_prompt_logprobs = message.sampling.prompt_logprobs
         if not self._begin(leg, message, num_tokens_at_most=sequence.num_tokens_at_most):
             return
-        if source is not None and self.faults.never_answer != "transfer":
+        if source is not None:
             self._fetches.expect(sequence.handoff_id, source, sequence.num_prompt_tokens)
-        elif leg.is_stuck:
-            self._add_stuck(leg)
-            return
         self._worker.add_decode(
             sequence.handoff_id,
             sequence.num_prompt_tokens,
@@ -164,8 +161,10 @@ class SimulatedEngine:
 
     def abort(self, handoff_id: str) -> None:
         """Also lets go of a finished prefill's hold that nobody has read."""
-        if handoff_id in self._legs:
-            self._fail(handoff_id, Aborted(f"leg {handoff_id} was stopped on request"))
+        leg = self._legs.get(handoff_id)
+        if leg is not None:
+            if not leg.is_deaf:
+                self._fail(handoff_id, Aborted(f"leg {handoff_id} was stopped on request"))
         elif self._holds.forget(handoff_id):
             self._worker.release(handoff_id)
             self._pace.wake()
@@ -217,7 +216,7 @@ class SimulatedEngine:
         return self._hasher.chain(self._hasher.root(), 0, sequence.packed_prompt, num_blocks)
 
     def _begin(self, leg: _Leg, message: StartPrefill | StartDecode, *, num_tokens_at_most: int) -> bool:
-        """False: it will be refused."""
+        """False: nothing is to be computed, or not in the usual way."""
         handoff_id = leg.sequence.handoff_id
         assert handoff_id not in self._legs, f"{handoff_id} is in flight"
         self._legs[handoff_id] = leg
@@ -225,12 +224,30 @@ class SimulatedEngine:
         if error is not None:
             # Not from inside the caller's own call: it has not noted the leg yet.
             self._loop.call_soon(self._fail, handoff_id, error)
-        if self.faults.num_legs_until_death is not None:
-            if self.faults.num_legs_until_death == 0:
-                self._loop.call_soon(self.die, "fault num_legs_until_death")
-            self.faults.num_legs_until_death -= 1
+            return False
         self._pace.wake()
-        return error is None
+        faults = self.faults
+        if (fault := faults.at("accept")) is not None:
+            leg.is_deaf = fault.action == "ignore"
+            self._loop.call_soon(self._strike, handoff_id, fault)
+            return False
+        if faults.at("queue") is not None:
+            return False
+        is_computed_here = isinstance(message, StartPrefill) or message.kv_source is None
+        prefill_fault = faults.at("prefill") if is_computed_here else None
+        leg.token_fault = faults.at("first")
+        if isinstance(message, StartDecode):
+            leg.token_fault = leg.token_fault or faults.at("token")
+        if prefill_fault is None:
+            return True
+        self._prefill_faults[handoff_id] = prefill_fault
+        if prefill_fault.after:
+            return True
+        # It takes a place and blocks, as if for KV of others, and computes nothing.
+        self._worker.add_decode(
+            handoff_id, leg.sequence.num_prompt_tokens, 1, [], leg.started_s, is_kv_on_its_way=True
+        )
+        return False
 
     def _refusal(
         self, leg: _Leg, message: StartPrefill | StartDecode, num_tokens_at_most: int
@@ -249,32 +266,53 @@ class SimulatedEngine:
             )
         if (name := unsupported(message.sampling)) is not None:
             return UnsupportedFeature(f"the simulated engine cannot do {name}", param=name)
-        if self.faults.num_legs_to_fail > 0:
-            self.faults.num_legs_to_fail -= 1
-            return EngineFailed("fault num_legs_to_fail")
         return None
 
-    def _add_stuck(self, leg: _Leg) -> None:
-        """It takes a place and blocks and waits for KV that nobody sends."""
-        self._worker.add_decode(
-            leg.sequence.handoff_id,
-            leg.sequence.num_prompt_tokens,
-            1,
-            [],
-            leg.started_s,
-            is_kv_on_its_way=True,
-        )
+    def _strike(self, handoff_id: str, fault: Fault) -> None:
+        match fault.action:
+            case "stall":
+                self._worker.freeze(handoff_id)
+            case "error":
+                self._fail(handoff_id, fault.error())
+            case "die":
+                # Not from inside a step: it would go on with what is gone.
+                self._loop.call_soon(self.die, f"fault {fault.text}")
+            case "kill":
+                self.faults.kill()
 
     def _fail(self, handoff_id: str, error: ServingError) -> None:
         if self._legs.pop(handoff_id, None) is None:
             return
         self._fetches.forget(handoff_id)
-        if self._worker.leg(handoff_id) is not None:
-            self._worker.end_early(handoff_id)
+        if self._worker.end_early(handoff_id):
             self._pace.wake()
         self._listener.on_leg_failed(handoff_id, error.report())
 
     # ── KV from and for others ───────────────────────────────────────────────────────────────
+
+    def _on_blocks(self, handoff_id: str) -> None:
+        """The leg has blocks for KV that comes from elsewhere."""
+        if (fault := self._prefill_faults.pop(handoff_id, None)) is not None:
+            self._strike(handoff_id, fault)
+            return
+        source = self._legs[handoff_id].source
+        assert source is not None
+        params = source.transfer_params
+        fault = self.faults.at("transfer", (str(params.get("name")), str(params.get("endpoint"))))
+        match fault.action if fault is not None else None:
+            case None:
+                self._fetches.begin(handoff_id)
+            case "stall":
+                self._fetches.forget(handoff_id)
+            case "slow":
+                assert fault is not None
+                self._fetches.begin(handoff_id, late_s=fault.s)
+            case "reset":
+                self._fetches.reset(handoff_id)
+            case "fail":
+                assert fault is not None
+                self._fetches.forget(handoff_id)
+                self._on_no_kv(handoff_id, f"fault {fault.text}")
 
     def _on_kv(self, handoff_id: str, kv: int, num_tokens: int) -> None:
         leg, simulated = self._legs[handoff_id], self._worker.leg(handoff_id)
@@ -284,16 +322,15 @@ class SimulatedEngine:
         self._num_kv_transfers += 1
         self._num_kv_bytes_received += num_blocks * self.settings.kv_bytes_per_block
         leg.sequence.continue_from(kv, num_tokens)
-        if not leg.is_stuck:
-            self._worker.kv_arrived(handoff_id, num_tokens)
-            self._pace.wake()
+        self._worker.kv_arrived(handoff_id, num_tokens)
+        self._pace.wake()
 
     def _on_no_kv(self, handoff_id: str, reason: str) -> None:
         self._num_kv_transfer_failures += 1
         logger.warning("kv not received handoff_id=%s reason=%r", handoff_id, reason)
         if self.settings.kv_load_failure_policy == "fail":
             self._fail(handoff_id, TransferFailed(reason, phase="transfer"))
-        elif not self._legs[handoff_id].is_stuck:
+        else:
             self._worker.kv_lost(handoff_id)
             self._pace.wake()
 
@@ -310,11 +347,17 @@ class SimulatedEngine:
 
     def _report(self, result: StepResult) -> None:
         worker, legs = self._worker, self._legs
+        struck = self._strike_prefills() if self._prefill_faults else set()
         finished = {end.leg_id: end for end in result.finished}
         deltas: list[SequenceDelta] = []
         for leg_id, _ in result.tokens:
-            leg = legs[leg_id]
+            leg = legs.get(leg_id)
+            if leg is None or leg_id in struck:
+                continue
             sequence = leg.sequence
+            if leg.token_fault is not None and sequence.num_output_tokens >= leg.token_fault.after:
+                self._strike(leg_id, leg.token_fault)
+                continue
             if not sequence.has_kv:
                 sequence.compute()
             delta = sequence.advance()
@@ -323,7 +366,7 @@ class SimulatedEngine:
             if delta.finish_reason is not None:
                 del legs[leg_id]
                 num_cached_tokens = self._end(leg_id, finished.get(leg_id))
-                if leg.has_source:
+                if leg.source is not None:
                     # As vLLM, which counts received tokens as cached: neither says it.
                     num_cached_tokens = None
                 delta = msgspec.structs.replace(delta, num_cached_tokens=num_cached_tokens)
@@ -335,10 +378,27 @@ class SimulatedEngine:
         elif result.num_prefill_tokens and not deltas and not result.finished_prefills:
             self._listener.on_step([])
         for done in result.finished_prefills:
-            if done.leg_id in legs:
-                self._report_prefill(done, result.end_s)
-            else:
+            if done.leg_id in struck:
+                continue
+            if done.leg_id not in legs:
                 worker.release(done.leg_id)
+            elif (fault := legs[done.leg_id].token_fault) is not None:
+                self._strike(done.leg_id, fault)
+            else:
+                self._report_prefill(done, result.end_s)
+
+    def _strike_prefills(self) -> set[str]:
+        """Legs whose prompt is far enough."""
+        struck = set()
+        for leg_id, fault in list(self._prefill_faults.items()):
+            simulated = self._worker.leg(leg_id)
+            if leg_id not in self._legs:
+                del self._prefill_faults[leg_id]
+            elif simulated is None or simulated.num_kv_tokens >= fault.after:
+                del self._prefill_faults[leg_id]
+                struck.add(leg_id)
+                self._strike(leg_id, fault)
+        return struck
 
     def _end(self, leg_id: str, finished: FinishedLeg | None) -> int | None:
         """Cached tokens of a leg that is over. One that stopped before its limit has to be stopped: the
@@ -366,6 +426,7 @@ class SimulatedEngine:
                     num_tokens=sequence.num_prompt_tokens,
                     num_bytes=done.held.num_blocks * self.settings.kv_bytes_per_block,
                     transfer_params={
+                        "name": self.settings.name,
                         "endpoint": self._transfer_endpoint,
                         "hold_id": self._holds.add(done.leg_id, kv, done.held.end_s, now_s),
                     },

@@ -51,15 +51,21 @@ class Fetches:
         loop = asyncio.get_running_loop()
         fetch.late_timer = loop.call_later(max(0.0, source.lease_s), self._on_late, fetch)
 
-    def begin(self, handoff_id: str) -> None:
-        """The leg has its blocks. Nothing happens for one that expects nothing."""
-        fetch = self._fetches.get(handoff_id)
-        if fetch is None:
-            return
-        if self._transfer_s > 0:
-            asyncio.get_running_loop().call_later(self._transfer_s, self._read, fetch)
+    def begin(self, handoff_id: str, *, late_s: float = 0.0) -> None:
+        """The leg has its blocks. `late_s`: more than a transfer takes."""
+        fetch = self._fetches[handoff_id]
+        transfer_s = self._transfer_s + late_s
+        if transfer_s > 0:
+            asyncio.get_running_loop().call_later(transfer_s, self._read, fetch)
         else:
             self._read(fetch)
+
+    def reset(self, handoff_id: str) -> None:
+        """The link to this leg's source breaks, under all transfers on it."""
+        fetch = self._fetches[handoff_id]
+        self._reader.reset(str(fetch.source.transfer_params.get("endpoint")))
+        if handoff_id in self._fetches:
+            self._give_up(fetch, "the link was reset")
 
     def forget(self, handoff_id: str) -> None:
         fetch = self._fetches.pop(handoff_id, None)

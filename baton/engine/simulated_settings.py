@@ -1,4 +1,4 @@
-"""What can be set about a simulated engine, and what can be made to go wrong with it."""
+"""What can be set about a simulated engine."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, ELEMENT_BYTES = 4, 2, 32, 4
 INSTANT = LinearStepTime(base_s=0.0)
 """Steps take what the machine takes."""
 
-Phase = Literal["prefill", "transfer", "decode"]
-
 
 def kv_bytes_per_block(block_size_tokens: int) -> int:
     return 2 * NUM_LAYERS * NUM_KV_HEADS * HEAD_DIM * ELEMENT_BYTES * block_size_tokens
@@ -24,6 +22,8 @@ def kv_bytes_per_block(block_size_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedEngineSettings:
+    name: str = ""
+    """Of the worker, by which others know it when faults are made (`simulated_faults`)."""
     model: str = "simulated"
     host: str = "127.0.0.1"
     transfer_port: int = 0
@@ -69,14 +69,3 @@ def describe(settings: SimulatedEngineSettings, transfer_endpoint: str) -> Engin
         transfer_endpoint=transfer_endpoint,
         has_kv_events=True,
     )
-
-
-@dataclass(slots=True)
-class Faults:
-    """What goes wrong from now on; may be changed at any time."""
-
-    never_answer: Phase | None = None
-    """Legs that reach this phase stay in it for ever, holding what they hold."""
-    num_legs_to_fail: int = 0
-    num_legs_until_death: int | None = None
-    """The engine dies when it is given the leg after so many."""

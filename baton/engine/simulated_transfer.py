@@ -61,6 +61,11 @@ class KvReader:
             link = self._links[endpoint] = _Link(endpoint, self._on_read, self._links)
         link.ask(hold_id)
 
+    def reset(self, endpoint: str) -> None:
+        link = self._links.get(endpoint)
+        if link is not None:
+            link.reset()
+
     def stop(self) -> None:
         for link in list(self._links.values()):
             link.close()
@@ -125,6 +130,13 @@ class _Link:
         unanswered, self._open = list(self._open), {}
         for hold_id in unanswered:
             self._on_read(hold_id, None, reason)
+
+    def reset(self) -> None:
+        transport = self._transport
+        self._task.cancel()
+        self._fail(f"the link to source {self._endpoint} was reset")
+        if transport is not None:
+            transport.abort()
 
     def close(self) -> None:
         self._open.clear()

@@ -195,6 +195,12 @@ class SimulatedWorker:
         if self._fetching.pop(leg_id, None) is not None:
             self._running[leg_id] = leg
 
+    def freeze(self, leg_id: str) -> None:
+        """A running leg keeps its place and its blocks, and nothing of it is computed any more."""
+        leg = self._running.pop(leg_id, None)
+        if leg is not None:
+            self._fetching[leg_id] = leg
+
     # ── held KV ──────────────────────────────────────────────────────────────────────────────
 
     def release(self, leg_id: str) -> bool:

@@ -45,9 +45,10 @@ def run(settings: BothWorkerSettings) -> int:
     return run_worker(
         settings,
         role,
-        lambda: build_engine(
+        lambda worker_id: build_engine(
             settings,
             role,
+            worker_id=worker_id,
             kv_lease_s=settings.kv_lease_s,
             kv_load_failure_policy=settings.kv_load_failure_policy,
         ),

@@ -40,13 +40,14 @@ def build_engine(
     settings: WorkerSettings,
     role: WorkerRole,
     *,
+    worker_id: str = "",
     kv_lease_s: int = DEFAULT_LEASE_S,
     kv_load_failure_policy: Literal["recompute", "fail"] = "recompute",
     schedule: EngineSchedule | None = None,
 ) -> Engine:
     """Who prefills gives the lease, who decodes has the failure policy."""
     if settings.engine == "simulated":
-        return _simulated(settings, kv_lease_s, kv_load_failure_policy)
+        return _simulated(settings, worker_id, kv_lease_s, kv_load_failure_policy)
     return _vllm(settings, role, kv_lease_s, kv_load_failure_policy, schedule or EngineSchedule())
 
 
@@ -65,15 +66,20 @@ def prefill_schedule(settings: WorkerSettings, wished: str | None) -> EngineSche
 
 
 def _simulated(
-    settings: WorkerSettings, kv_lease_s: int, kv_load_failure_policy: Literal["recompute", "fail"]
+    settings: WorkerSettings,
+    worker_id: str,
+    kv_lease_s: int,
+    kv_load_failure_policy: Literal["recompute", "fail"],
 ) -> Engine:
     from baton.engine.simulated import SimulatedEngine
-    from baton.engine.simulated_settings import Faults, SimulatedEngineSettings, kv_bytes_per_block
+    from baton.engine.simulated_faults import Faults
+    from baton.engine.simulated_settings import SimulatedEngineSettings, kv_bytes_per_block
 
     block_bytes = kv_bytes_per_block(settings.block_size_tokens)
     num_blocks = settings.num_blocks or max(1, int((settings.kv_cache_gib or 1.0) * GIB) // block_bytes)
     max_model_len = settings.max_model_len or DEFAULT_SIMULATED_MODEL_LEN
     engine_settings = SimulatedEngineSettings(
+        name=worker_id,
         model=settings.model or "simulated",
         host=settings.host,
         transfer_port=settings.transfer_port or 0,
@@ -88,12 +94,7 @@ def _simulated(
         kv_load_failure_policy=kv_load_failure_policy,
         mean_output_tokens=settings.simulated_mean_output_tokens,
     )
-    faults = Faults(
-        never_answer=settings.simulated_never_answer,
-        num_legs_to_fail=settings.simulated_fail_legs,
-        num_legs_until_death=settings.simulated_die_after_legs,
-    )
-    return SimulatedEngine(engine_settings, faults=faults)
+    return SimulatedEngine(engine_settings, faults=Faults(*settings.simulated_fault))
 
 
 def _step_time(settings: WorkerSettings) -> StepTime:

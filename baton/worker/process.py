@@ -38,11 +38,11 @@ EXIT_OK, EXIT_FAILURE = 0, 1
 def run_worker(
     settings: WorkerSettings,
     role: WorkerRole,
-    build_engine: Callable[[], Engine],
+    build_engine: Callable[[str], Engine],
     *,
     prefill_window_tokens: int | None = None,
 ) -> int:
-    """Blocks until the worker has left; the exit code."""
+    """Blocks until the worker has left; the exit code. `build_engine(worker_id)` for each worker."""
     if settings.exit_with_parent:
         die_with(ProcessIdentity.parent())
     configure_logging(role.value, settings.log_level)
@@ -73,13 +73,13 @@ async def _live(
     settings: WorkerSettings,
     identities: list[WorkerIdentity],
     address: str,
-    build_engine: Callable[[], Engine],
+    build_engine: Callable[[str], Engine],
     prefill_window_tokens: int | None,
 ) -> int:
     """Several workers of one process know nothing of each other; the exit code is the worst one."""
     runtimes = [
         WorkerRuntime(
-            build_engine(),
+            build_engine(identity.worker_id),
             identity,
             address,
             SystemClock(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from baton.engine.simulated_faults import parse_fault
 from baton.settings import SettingsError, option
 from baton.step_time.text import parse_step_time
 from baton.wire.endpoints import DEFAULT_FLEET_PORT, DEFAULT_HOST, parse_address
@@ -68,12 +69,11 @@ class WorkerSettings:
     simulated_mean_output_tokens: int | None = option(
         None, "simulated engine: sequences end by themselves after about so many tokens; absent: never"
     )
-    simulated_never_answer: Literal["prefill", "transfer", "decode"] | None = option(
-        None, "simulated engine: legs stay in this phase for ever, for tests"
-    )
-    simulated_fail_legs: int = option(0, "simulated engine: fail the first so many legs, for tests")
-    simulated_die_after_legs: int | None = option(
-        None, "simulated engine: die when given the leg after so many, for tests"
+    simulated_fault: tuple[str, ...] = option(
+        (),
+        "simulated engine: what goes wrong, for tests: POINT:ACTION[:KEY=VALUE,…], see "
+        "docs/simulated-engines.md; repeat for several",
+        metavar="SPEC",
     )
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class WorkerSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}, expected at least 1")
-        for name in ("drain_timeout_s", "simulated_step_s", "simulated_transfer_s", "simulated_fail_legs"):
+        for name in ("drain_timeout_s", "simulated_step_s", "simulated_transfer_s"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}, expected at least 0")
         if self.simulated_num_workers > 1:
@@ -114,6 +114,11 @@ class WorkerSettings:
                 parse_step_time(self.simulated_step_time)
             except ValueError as error:
                 raise SettingsError(f"simulated_step_time: {error}") from error
+        for text in self.simulated_fault:
+            try:
+                parse_fault(text)
+            except ValueError as error:
+                raise SettingsError(f"simulated_fault: {error}") from error
         for name in ("kv_cache_gib", "simulated_prefill_tokens_per_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -7,7 +7,8 @@ import pytest
 
 from baton.contract.messages import WorkerCapacity
 from baton.engine.simulated import SimulatedEngine
-from baton.engine.simulated_settings import Faults, SimulatedEngineSettings
+from baton.engine.simulated_faults import Faults
+from baton.engine.simulated_settings import SimulatedEngineSettings
 from baton.profiling.command import main
 from baton.profiling.grid import HEADROOM_TOKENS, grid
 from baton.profiling.probe import MeasuringFailed, Probe
@@ -62,8 +63,8 @@ def test_a_prompts_step_and_a_batchs_step_are_seen_as_they_are():
 
 
 def test_an_engine_that_fails_ends_the_measuring_with_its_words():
-    with pytest.raises(MeasuringFailed, match="fault num_legs_to_fail"):
-        probed(lambda probe: probe.prefill(probe.prompt(10)), faults=Faults(num_legs_to_fail=1))
+    with pytest.raises(MeasuringFailed, match="fault accept:error"):
+        probed(lambda probe: probe.prefill(probe.prompt(10)), faults=Faults("accept:error"))
 
 
 def test_the_command_writes_a_profile_that_loads(tmp_path, capsys):

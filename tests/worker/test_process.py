@@ -82,7 +82,7 @@ async def test_first_signal_waits_for_legs_and_second_does_not(make_coordinator,
     2. Ctrl-C again: it exits at once with 128 + SIGINT
     """
     coordinator = make_coordinator()
-    arguments = options(coordinator, "--simulated-never-answer", "prefill", "--drain-timeout-s", "1000")
+    arguments = options(coordinator, "--simulated-fault", "prefill:stall", "--drain-timeout-s", "1000")
     async with worker_process("prefill", *arguments) as worker:
         await worker.line("worker ready")
         coordinator.send(start_prefill("h1"))
@@ -118,12 +118,23 @@ async def test_a_signal_while_waiting_for_the_coordinator_ends_it():
 
 async def test_engine_death_fails_legs_and_exits_1(make_coordinator, start_decode):
     coordinator = make_coordinator()
-    async with worker_process("decode", *options(coordinator, "--simulated-die-after-legs", "0")) as worker:
+    async with worker_process("decode", *options(coordinator, "--simulated-fault", "accept:die")) as worker:
         await worker.line("worker ready")
         coordinator.send(start_decode("h1"))
         assert (await coordinator.expect(LegFailed)).error.code == "engine_failed"
         await coordinator.expect(WorkerLeaving, 2)
         assert await worker.exit_code() == 1
+
+
+async def test_a_process_can_be_made_to_vanish(make_coordinator, start_decode):
+    coordinator = make_coordinator()
+    arguments = options(coordinator, "--simulated-fault", "accept:kill:nth=2")
+    async with worker_process("decode", *arguments) as worker:
+        await worker.line("worker ready")
+        coordinator.send(start_decode("h1"))
+        coordinator.send(start_decode("h2"))
+        assert await worker.exit_code() == -signal.SIGKILL
+        assert coordinator.of(WorkerLeaving) == coordinator.of(LegFailed) == []
 
 
 async def test_one_process_can_be_several_simulated_workers(make_coordinator):
@@ -166,6 +177,11 @@ async def test_a_taken_transfer_port_stops_the_start(make_coordinator):
             ["--engine", "simulated", "--simulated-step-time", "linear:base_s=1", "--simulated-step-s", "1"],
             "simulated_step_time excludes",
             id="two step times",
+        ),
+        pytest.param(
+            ["--engine", "simulated", "--simulated-fault", "accept:explode"],
+            "simulated_fault: 'accept:explode': at accept there are ignore, error, die, kill",
+            id="fault",
         ),
         pytest.param(
             ["--model", "m", "--simulated-num-workers", "2"], "a process of its own", id="two engines"
