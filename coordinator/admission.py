@@ -19,13 +19,13 @@ def check_acceptable(request: Request, fleet: FleetView, *, is_draining: bool, i
     not this function's business: it depends on when one asks, not on the request."""
     sampling, num_prompt = request.submission.sampling, request.num_prompt_tokens
     if is_draining:
-        raise Draining("this coordinator is shutting down and takes no new requests", retry_after_s=5)
+        raise Draining("this coordinator is shutting down and takes no new requests")
     if is_known:
         raise DuplicateRequest(f"request id {request.request_id!r} is already in flight")
     limit = fleet.max_model_len
     if limit is None or not fleet.has_pair:
         missing = [phase.value for phase in PHASES if not fleet.accounts(phase)]
-        raise NoWorkers(f"no {' and no '.join(missing)} worker is ready", retry_after_s=1)
+        raise NoWorkers(f"no {' and no '.join(missing)} worker is ready")
     if num_prompt < 1:
         raise InvalidRequest("the prompt is empty", param="prompt")
     if num_prompt + 1 > limit:

@@ -13,7 +13,6 @@ KV that nobody can take would fill the prefill worker.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +21,8 @@ import msgspec
 
 from baton.contract.errors import (
     Aborted,
+    DeadlineExceeded,
+    DeadlineUnreachable,
     Draining,
     PhaseTimeout,
     QueueFull,
@@ -47,8 +48,8 @@ from baton.policy.ledger import WorkerAccount
 from baton.policy.stay_or_go import Pace
 from coordinator.actions import Action, Deliver, Finish, Send
 from coordinator.admission import check_acceptable
+from coordinator.deadline import Estimate
 from coordinator.dispatch import Dispatch
-from coordinator.drain_rate import DrainRate
 from coordinator.first_token import is_usable
 from coordinator.fleet import FleetView, Worker
 from coordinator.fleet_pace import FleetPace
@@ -56,6 +57,7 @@ from coordinator.intake import FleetFacts, ResultSink, Submission
 from coordinator.legs import start_decode, start_prefill, stream_source, with_lease_left
 from coordinator.prefixes import FleetPrefixes
 from coordinator.request import Request, final_report
+from coordinator.waiting_line import MAX_RETRY_AFTER_S, WaitingLine
 
 logger = logging.getLogger("baton.coordinator")
 
@@ -104,10 +106,9 @@ class Core:
         )
         self._boot_id = boot_id
         self._num_handoffs = 0
-        self._queue: deque[Request] = deque()
+        self._line = WaitingLine()
         self._requests: dict[str, Request] = {}
         self._legs: dict[str, Request] = {}
-        self._drain_rate = DrainRate()
         self._facts_key = (-1, False)
         self._facts: FleetFacts
 
@@ -120,7 +121,7 @@ class Core:
 
     @property
     def num_queued(self) -> int:
-        return len(self._queue)
+        return len(self._line)
 
     @property
     def pace(self) -> FleetPace:
@@ -150,14 +151,32 @@ class Core:
         check_acceptable(
             request, self.fleet, is_draining=self.is_draining, is_known=request.request_id in self._requests
         )
-        if len(self._queue) >= self._settings.max_queued:
+        if len(self._line) >= self._settings.max_queued:
             raise QueueFull(
-                f"{len(self._queue)} requests are queued, the limit is {self._settings.max_queued}",
-                retry_after_s=self._drain_rate.seconds_for(len(self._queue), now_s),
+                f"{len(self._line)} requests are queued, the limit is {self._settings.max_queued}",
+                retry_after_s=self._line.retry_after_s(now_s),
             )
+        self._check_deadline(request, now_s)
         self._requests[request.request_id] = request
-        self._queue.append(request)
+        self._line.join(request)
         return self._pump(now_s)
+
+    def _check_deadline(self, request: Request, now_s: float) -> None:
+        """Raises DeadlineUnreachable: what cannot be in time would only take it from others."""
+        if request.deadline_s is None:
+            return
+        left_s = request.deadline_s - now_s
+        estimate = Estimate(
+            line_s=self._line.wait_s(now_s) or 0.0, service_s=self._dispatch.least_service_s(request)
+        )
+        if estimate.total_s > left_s:
+            late_s = estimate.total_s - left_s
+            raise DeadlineUnreachable(
+                f"the deadline cannot be met: {estimate.sentence(left_s)}",
+                param="service",
+                # With the line gone there would be time enough; otherwise waiting changes nothing.
+                retry_after_s=min(MAX_RETRY_AFTER_S, late_s) if estimate.service_s <= left_s else None,
+            )
 
     def abort(self, request_id: str, now_s: float) -> list[Action]:
         request = self._requests.get(request_id)
@@ -299,6 +318,9 @@ class Core:
         self.prefixes.settle_due(now_s)
         actions: list[Action] = []
         for request in list(self._requests.values()):
+            if request.is_late(now_s):
+                actions += self._finish_late(request, now_s)
+                continue
             limit_s = self._phase_limit_s(request.state)
             if now_s - request.progress_s <= limit_s:
                 continue
@@ -335,18 +357,32 @@ class Core:
     # ── dispatch ─────────────────────────────────────────────────────────────────────────────
 
     def _pump(self, now_s: float) -> list[Action]:
-        """Dispatch from the head of the queue while it fits; nobody overtakes."""
+        """Dispatch from the head of the line while it fits; nobody overtakes."""
         actions: list[Action] = []
-        while self._queue:
-            if self._queue[0].state is not RequestState.QUEUED:  # ended while it waited
-                self._queue.popleft()
-                continue
-            dispatched = self._attempt(self._queue[0], now_s)
+        line = self._line
+        while line:
+            request = line.head
+            if request.deadline_s is not None:
+                # Asked again before its prefill is paid: it may have waited for longer than expected.
+                need_s = self._dispatch.least_service_s(request)
+                if request.is_late(now_s + need_s):
+                    actions += self._finish_late(request, now_s, need_s)
+                    continue
+            dispatched = self._attempt(request, now_s)
             if dispatched is None:
                 break
-            self._queue.popleft()
+            line.depart(request, now_s)
             actions += dispatched
+        line.settle(now_s)
         return actions
+
+    def _finish_late(self, request: Request, now_s: float, need_s: float = 0.0) -> list[Action]:
+        waited_s = now_s - request.submitted_s
+        more = f" and the work would take {need_s:.3g} s" if need_s else ""
+        error = DeadlineExceeded(
+            f"the deadline passed in line: {waited_s:.3g} s waited{more}", phase=request.state.value
+        )
+        return self._finish(request, Outcome.EXPIRED, now_s, error=error)
 
     def _attempt(self, request: Request, now_s: float) -> list[Action] | None:
         """None: no worker has room; nothing changed."""
@@ -378,7 +414,7 @@ class Core:
         if prefill is decode:
             request.prompt_token_ids = request.submission.prompt_token_ids
             return [self._start_decode(request, None, now_s)]
-        actions: list[Action] = [Send(prefill.worker_id, start_prefill(request))]
+        actions: list[Action] = [Send(prefill.worker_id, start_prefill(request, now_s))]
         if stream is not None:
             request.prompt_token_ids = request.submission.prompt_token_ids
             request.kv_source = stream
@@ -396,7 +432,7 @@ class Core:
         assert request.decode_worker is not None
         worker = self.fleet.get(request.decode_worker)
         sent_s = worker.clock_s(now_s) if worker is not None else None
-        return Send(request.decode_worker, start_decode(request, kv_source, sent_s))
+        return Send(request.decode_worker, start_decode(request, kv_source, sent_s, now_s))
 
     def _first_decode_delta(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
         if request.state is RequestState.PREFILLING:
@@ -441,7 +477,7 @@ class Core:
         if is_prefill:
             request.prompt_token_ids = None
         request.move(RequestState.QUEUED, now_s)
-        self._queue.appendleft(request)
+        self._line.put_first(request)
         return actions
 
     def _close_attempt(self, request: Request) -> list[Action]:
@@ -479,9 +515,9 @@ class Core:
                     self._dispatch.release(worker_id, request.handoff_id)
         else:
             actions = self._close_attempt(request)
+        self._line.leave(request)
         request.move(RequestState.FINISHED, now_s)
         del self._requests[request.request_id]
-        self._drain_rate.count(now_s)
         actions.append(
             Finish(request.sink, request.request_id, request.handoff_id,
                    final_report(request, outcome, now_s, last, error), request.records)

@@ -20,8 +20,9 @@ from baton.policy.decision import Decision, StayOrGo, way_of
 from baton.policy.explain import read_all, record_decision
 from baton.policy.ledger import Pool, WorkerAccount
 from baton.policy.room import lack_of_prefill_room, lack_of_room, num_blocks_wanted
-from baton.policy.router import KnownHits, PrefillChoice, Router
+from baton.policy.router import KnownHits, PrefillChoice, Router, best_hit_tokens
 from baton.policy.stay_or_go import Pace
+from coordinator.deadline import least_output_tokens, service_s
 from coordinator.fleet import FleetView, Worker
 from coordinator.fleet_pace import FleetPace
 from coordinator.prefixes import FleetPrefixes
@@ -265,6 +266,18 @@ class Dispatch:
         else:
             request.hits = self._router.known_hits(request.submission.prompt_token_ids)
         return request.hits
+
+    def least_service_s(self, request: Request) -> float:
+        """From leaving the line to the last token, at the least, as far as the fleet's pace is known."""
+        hits = self._hits(request)
+        return service_s(
+            request.num_prompt_tokens,
+            0 if hits is None else best_hit_tokens(hits),
+            least_output_tokens(request.submission.sampling),
+            self._fleet.accounts(WorkerRole.PREFILL),
+            self._fleet.accounts(WorkerRole.DECODE),
+            self.pace.least(),
+        )
 
     def prompt_computed(self, worker: Worker, handoff_id: str, now_s: float) -> None:
         """The leg itself and its blocks stay until `release`."""

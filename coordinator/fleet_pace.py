@@ -26,6 +26,12 @@ STEPS_PER_MEASUREMENT = 8
 MANY_MEASURED = 256
 REQUESTS_PER_MEASUREMENT = 4
 """Once there are many."""
+UNKNOWN = Pace(
+    prefill=LinearStepTime(base_s=0.0),
+    decode=LinearStepTime(base_s=0.0),
+    handoff_s=0.0,
+    handoff_per_byte_s=0.0,
+)
 BETWEEN_LOOKS, MAX_BETWEEN_FITS = 4, 512
 """Measurements between two looks whether the pace can be known, and at most between two fits."""
 
@@ -49,6 +55,8 @@ class FleetPace:
         self._num_prefills = self._num_steps = self._num_handoffs = 0
         self._pace: Pace | None = None
         self._next_fit_at = 0
+        self._least = UNKNOWN
+        self._next_least_at = MIN_MEASURED
 
     @property
     def num_measured(self) -> dict[str, float]:
@@ -99,13 +107,24 @@ class FleetPace:
             )
         return self._pace
 
+    def least(self) -> Pace:
+        """As far as it is known: what has not been measured often enough takes no time."""
+        if (pace := self.pace()) is not None:
+            return pace
+        num_added = self._prefill.num_added + self._decode.num_added + self._handoff.num_added
+        if num_added >= self._next_least_at:
+            self._next_least_at = num_added + MIN_MEASURED
+            self._least = self._fit_known()
+        return self._least
+
     def _fit(self) -> Pace | None:
-        fits = (self._prefill, self._decode, self._handoff)
-        if any(fit.num_added < MIN_MEASURED for fit in fits) or self._prefill.spread(1) < MIN_SPREAD:
-            return None
-        prefill_base, per_token, per_pair = self._prefill.coefficients()
-        decode_base, per_decode, per_context = self._decode.coefficients()
-        handoff_base, per_byte = self._handoff.coefficients()
+        is_known = _is_known(self._prefill, MIN_SPREAD) and all(map(_is_known, (self._decode, self._handoff)))
+        return self._fit_known() if is_known else None
+
+    def _fit_known(self) -> Pace:
+        prefill_base, per_token, per_pair = _coefficients(self._prefill, 3, MIN_SPREAD)
+        decode_base, per_decode, per_context = _coefficients(self._decode, 3)
+        handoff_base, per_byte = _coefficients(self._handoff, 2)
         return Pace(
             prefill=LinearStepTime(
                 base_s=prefill_base, per_prefill_token_s=per_token, per_prefill_pair_s=per_pair
@@ -120,3 +139,11 @@ class FleetPace:
             handoff_s=handoff_base,
             handoff_per_byte_s=per_byte,
         )
+
+
+def _is_known(fit: RunningFit, min_spread: float = 0.0) -> bool:
+    return fit.num_added >= MIN_MEASURED and (not min_spread or fit.spread(1) >= min_spread)
+
+
+def _coefficients(fit: RunningFit, num_terms: int, min_spread: float = 0.0) -> tuple[float, ...]:
+    return fit.coefficients() if _is_known(fit, min_spread) else (0.0,) * num_terms

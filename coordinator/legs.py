@@ -6,25 +6,31 @@ import msgspec
 
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import KvSource, PrefillFinished, RegisterWorker, StartDecode, StartPrefill
+from baton.contract.sampling import SamplingSpec
 from coordinator.first_token import prefill_spec
 from coordinator.request import Request
 
+MIN_DEADLINE_S = 1e-3
+"""Left of one that has passed while the request ran: it is then the most urgent there is."""
 
-def start_prefill(request: Request) -> StartPrefill:
+
+def start_prefill(request: Request, now_s: float) -> StartPrefill:
     is_token_wanted = request.first_token_by is WorkerRole.PREFILL
     return StartPrefill(
         handoff_id=request.handoff_id,
         request_id=request.request_id,
         prompt_token_ids=request.submission.prompt_token_ids,
-        sampling=prefill_spec(request.submission.sampling, is_token_wanted=is_token_wanted),
+        sampling=prefill_spec(_with_deadline_left(request, now_s), is_token_wanted=is_token_wanted),
         keep_kv=request.needs_decode,
     )
 
 
-def start_decode(request: Request, kv_source: KvSource | None, sent_s: float | None) -> StartDecode:
+def start_decode(
+    request: Request, kv_source: KvSource | None, sent_s: float | None, now_s: float
+) -> StartDecode:
     """`sent_s` is on the worker's clock. The client's limits are reduced by what it has already."""
     assert request.prompt_token_ids is not None
-    sampling, num_given = request.submission.sampling, request.num_output_tokens
+    sampling, num_given = _with_deadline_left(request, now_s), request.num_output_tokens
     if num_given:
         sampling = msgspec.structs.replace(
             sampling,
@@ -40,6 +46,17 @@ def start_decode(request: Request, kv_source: KvSource | None, sent_s: float | N
         sampling=sampling,
         kv_source=kv_source,
         sent_s=sent_s,
+    )
+
+
+def _with_deadline_left(request: Request, now_s: float) -> SamplingSpec:
+    """Workers count from when they are told; what passed before is taken off."""
+    sampling = request.submission.sampling
+    if sampling.service is None or request.deadline_s is None:
+        return sampling
+    left_s = max(MIN_DEADLINE_S, request.deadline_s - now_s)
+    return msgspec.structs.replace(
+        sampling, service=msgspec.structs.replace(sampling.service, deadline_s=left_s)
     )
 
 

@@ -24,7 +24,7 @@ class Request:
     """Owned by the core; moves only along LEGAL_MOVES."""
 
     __slots__ = (
-        "decode_worker", "dispatched_s", "entered_s", "first_decode_s", "first_token_by",
+        "deadline_s", "decode_worker", "dispatched_s", "entered_s", "first_decode_s", "first_token_by",
         "first_token_reason", "handoff_id", "hit_tokens", "hits", "is_alone", "is_streamed", "kv_source",
         "last_decode_worker", "last_prefill_worker", "num_attempts", "num_bytes_to_move",
         "num_output_tokens", "num_prompt_tokens", "placement", "predicted_hit_tokens", "prefill_finished_s",
@@ -70,6 +70,10 @@ class Request:
         """One decision per attempt, where decisions are recorded."""
         self.placement = Placement()
         self.submitted_s = self.progress_s = self.entered_s = now_s
+        service = submission.sampling.service
+        within_s = None if service is None else service.deadline_s
+        self.deadline_s = None if within_s is None else now_s + within_s
+        """When the whole answer is wanted."""
         self.dispatched_s: float | None = None
         self.prefill_finished_s: float | None = None
         self.first_decode_s: float | None = None
@@ -81,6 +85,15 @@ class Request:
     @property
     def needs_decode(self) -> bool:
         return self.submission.sampling.max_tokens > 1
+
+    def is_late(self, now_s: float) -> bool:
+        """It waits for a worker, and nothing of it has been sent that could still be of use."""
+        return (
+            self.deadline_s is not None
+            and now_s >= self.deadline_s
+            and self.state is RequestState.QUEUED
+            and not self.num_output_tokens
+        )
 
     @property
     def is_prefilled_elsewhere(self) -> bool:

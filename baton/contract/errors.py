@@ -11,6 +11,8 @@
       CapacityError        try again later
         QueueFull              the coordinator's queue is at its bound
         NoWorkers              no prefill/decode pair is ready
+        DeadlineUnreachable    the request's own deadline cannot be met, said before anything is computed
+        DeadlineExceeded       its deadline passed while it waited for a worker
         Draining               this process takes no new work
       PeerError            another process misbehaved or left
         ProtocolMismatch       versions or layouts differ, or the frame is not ours
@@ -49,6 +51,8 @@ class ServingError(Exception):
     code: ClassVar[str] = "internal_error"
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    usual_retry_after_s: ClassVar[float | None] = None
+    """Where nothing better is known about when to come back."""
 
     def __init__(
         self,
@@ -64,7 +68,7 @@ class ServingError(Exception):
         self.param = param
         self.phase = phase
         self.worker_id = worker_id
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = self.usual_retry_after_s if retry_after_s is None else retry_after_s
 
     def report(self) -> ErrorReport:
         return ErrorReport(
@@ -122,10 +126,25 @@ class QueueFull(CapacityError):
 
 class NoWorkers(CapacityError):
     code = "no_workers"
+    usual_retry_after_s = 1.0
+    """A worker that lost its coordinator is back within a second or two."""
+
+
+class DeadlineUnreachable(CapacityError):
+    code = "deadline_unreachable"
+    http_status = 429
+
+
+class DeadlineExceeded(CapacityError):
+    code = "deadline_exceeded"
+    http_status = 504
+    retryable = False
 
 
 class Draining(CapacityError):
     code = "draining"
+    usual_retry_after_s = 5.0
+    """Somebody else has to answer by then: this process will not."""
 
 
 class PeerError(ServingError):

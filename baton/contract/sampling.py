@@ -22,14 +22,16 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
 
 class ServiceWish(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a request asks of the workers' schedulers. Only preempting ones read it (docs/scheduling.md)."""
+    """What a request asks of those who order work. The deadline counts everywhere, the rest on workers with
+    a preempting scheduler only (docs/scheduling.md)."""
 
     priority: int = 0
     """Smaller is served first, among requests of one key."""
     key: str = ""
     """Tenant or session: service is shared between keys, however many requests each sends."""
     deadline_s: float | None = None
-    """Wanted within so many seconds of reaching a worker. An order, not a promise."""
+    """The whole answer is wanted within so many seconds of the request's arrival. Refused at once where that
+    is out of reach, ended while it still waits; for one that runs an order, not a promise."""
     expected_output_tokens: int | None = None
     """A guess of the answer's length. Wrong ones cost little."""
 

@@ -41,7 +41,7 @@ def served_model(asked: str | None, names: ServedNames) -> str:
     """The name to answer with. Raises NoWorkers before the first worker, UnknownModel for another."""
     served = names.names()
     if not served:
-        raise NoWorkers("no worker has registered yet", retry_after_s=1.0)
+        raise NoWorkers("no worker has registered yet")
     if not asked:
         return served[0]
     if asked not in served:
@@ -52,7 +52,7 @@ def served_model(asked: str | None, names: ServedNames) -> str:
 
 def token_limits(facts: FleetFacts, tokenizer: FleetTokenizer) -> TokenLimits:
     if facts.max_model_len is None:
-        raise NoWorkers("no worker has registered yet", retry_after_s=1.0)
+        raise NoWorkers("no worker has registered yet")
     return TokenLimits(max_model_len=facts.max_model_len, max_token_id=tokenizer.max_token_id)
 
 

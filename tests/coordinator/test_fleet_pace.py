@@ -45,6 +45,18 @@ def test_equal_prompts_tell_nothing_about_shorter_ones():
     assert pace.pace() is None
 
 
+def test_the_least_a_request_takes_is_what_is_known_of_it():
+    """Decode steps were measured, prompts were all equal: those take no time that anybody could promise."""
+    pace = FleetPace()
+    assert pace.least().decode.step_s(StepWork(num_decodes=4)) == 0.0
+    for number in range(100 * STEPS_PER_MEASUREMENT):
+        pace.stepped(4 + number % 4, 1000, 0.005)
+        pace.prefilled(500, 0, 0.06)
+    assert pace.pace() is None
+    assert pace.least().decode.step_s(StepWork(num_decodes=4)) == pytest.approx(0.005, rel=1e-3)
+    assert pace.least().prefill.step_s(StepWork(num_prefill_tokens=500)) == 0.0
+
+
 def test_what_was_measured_is_predicted():
     pace = FleetPace()
     learn(pace, random.Random(2))

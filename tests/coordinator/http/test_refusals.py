@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from baton.contract.errors import Draining, NoWorkers, QueueFull
+from baton.contract.errors import DeadlineUnreachable, Draining, NoWorkers, QueueFull
 from coordinator.intake import FleetFacts
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -176,10 +176,12 @@ def test_served_names_replace_the_path(at_site):
     ("refusal", "status", "code", "retry_after"),
     [
         (QueueFull("4096 requests wait", retry_after_s=2.3), 429, "queue_full", "3"),
-        (NoWorkers("no pair"), 503, "no_workers", None),
-        (Draining("leaving"), 503, "draining", None),
+        (NoWorkers("no pair"), 503, "no_workers", "1"),
+        (Draining("leaving"), 503, "draining", "5"),
+        (DeadlineUnreachable("20 s of 5", retry_after_s=15.0), 429, "deadline_unreachable", "15"),
+        (DeadlineUnreachable("even an idle fleet needs 6 s of 5"), 429, "deadline_unreachable", None),
     ],
-    ids=["queue full", "no workers", "draining"],
+    ids=["queue full", "no workers", "draining", "late in line", "late anyhow"],
 )
 def test_what_the_core_refuses(at_site, refusal, status, code, retry_after):
     async def scenario(site):
