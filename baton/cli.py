@@ -39,6 +39,10 @@ COMMANDS = {
     "plan": Command("placement.__main__", "which workers of which parallelism: the offline planner, no GPU"),
     "submit": Command("baton.submit", "send a prompt to a coordinator and print the tokens as they come"),
     "explain": Command("baton.explain", "why a request went where it went, from the decision log"),
+    "story": Command(
+        "baton.history.story_command", "all that happened to one request, from all processes' logs"
+    ),
+    "history": Command("baton.history.history_command", "check a recorded run against the promise"),
     "profile": Command(
         "baton.profiling.command", "measure how long an engine's steps take here, for planning"
     ),

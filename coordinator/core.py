@@ -46,6 +46,7 @@ from baton.contract.tokens import pack_token_ids
 from baton.policy.base import Policy
 from baton.policy.ledger import WorkerAccount
 from baton.policy.stay_or_go import Pace
+from baton.telemetry import event
 from coordinator.actions import Action, Deliver, Finish, Send
 from coordinator.admission import check_acceptable
 from coordinator.deadline import Estimate
@@ -159,6 +160,10 @@ class Core:
         self._check_deadline(request, now_s)
         self._requests[request.request_id] = request
         self._line.join(request)
+        event(
+            logger, "request accepted", request_id=request.request_id,
+            num_prompt_tokens=request.num_prompt_tokens, max_tokens=submission.sampling.max_tokens,
+        )  # fmt: skip
         return self._pump(now_s)
 
     def _check_deadline(self, request: Request, now_s: float) -> None:
@@ -404,6 +409,11 @@ class Core:
             way_reason=assignment.reason,
             is_streamed=stream is not None,
         )
+        event(
+            logger, "attempt started", request_id=request.request_id, handoff_id=handoff_id,
+            prefill_worker=request.prefill_worker, decode_worker=request.decode_worker,
+            way=assignment.way.value,
+        )  # fmt: skip
         if assignment.record is not None:
             request.records.append(assignment.record)
         if prefill is None:
@@ -450,6 +460,8 @@ class Core:
             self.pace.handed_over(request.num_bytes_to_move, now_s - request.prefill_finished_s)
         request.move(RequestState.DECODING, now_s)
         request.first_decode_s = now_s
+        event(logger, "decoding", request_id=request.request_id, handoff_id=request.handoff_id,
+              decode_worker=request.decode_worker)  # fmt: skip
         if request.prefill_worker is not None:  # the KV has been read: that worker is done with us
             self._dispatch.release(request.prefill_worker, request.handoff_id)
             request.prefill_worker = None

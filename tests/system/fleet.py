@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from baton import processes
+from baton.history import what_is_held
 from baton.ports import free_port
 from baton.processes import RecordedProcess
 
@@ -234,20 +235,7 @@ class Fleet:
 
     def what_is_held(self) -> list[str]:
         """Everything that is not as in a fleet that serves nobody; empty in one that does not."""
-        snapshot = self.snapshot()
-        held = [f"{name}={snapshot[name]}" for name in ("num_requests", "num_queued") if snapshot[name]]
-        for worker in snapshot["workers"]:
-            name, load = worker["worker_id"], worker["load"]
-            for account in ("num_legs", "num_queued_tokens", "num_reserved_blocks"):
-                if worker[account]:
-                    held.append(f"{name}.{account}={worker[account]}")
-            num_used = worker["capacity"]["num_blocks"] - load["num_free_blocks"]
-            if num_used:
-                held.append(f"{name}: {num_used} blocks in use")
-            for counter in ("num_running", "num_waiting"):
-                if load[counter]:
-                    held.append(f"{name}.load.{counter}={load[counter]}")
-        return held
+        return what_is_held(self.snapshot())
 
     def wait_until_idle(self, timeout_s: float = 10.0) -> None:
         """Until no request, no promise and no KV block is left anywhere."""
