@@ -27,6 +27,7 @@ from baton.contract.errors import (
     PhaseTimeout,
     QueueFull,
     ServingError,
+    TransferFailed,
     WorkerLost,
     error_from_report,
 )
@@ -51,7 +52,7 @@ from coordinator.actions import Action, Deliver, Finish, Send
 from coordinator.admission import check_acceptable
 from coordinator.deadline import Estimate
 from coordinator.dispatch import Dispatch
-from coordinator.first_token import is_usable
+from coordinator.first_token import is_usable, without_repeated
 from coordinator.fleet import FleetView, Worker
 from coordinator.fleet_pace import FleetPace
 from coordinator.intake import FleetFacts, ResultSink, Submission
@@ -262,6 +263,8 @@ class Core:
                     actions + self._finish(request, Outcome.COMPLETED, now_s, last=delta) + self._pump(now_s)
                 )
         if request.is_streamed:  # the decode worker has known since the prefill began
+            if request.first_token_by is WorkerRole.PREFILL:
+                request.given_delta = delta
             request.move(RequestState.HANDING_OFF, now_s)
             return actions + self._pump(now_s)
         request.kv_source = with_lease_left(request, message, now_s)
@@ -281,13 +284,22 @@ class Core:
             if request is None or request.decode_worker != worker.worker_id or request.is_prefilled_elsewhere:
                 self._log_dropped("delta", delta.handoff_id, worker)
                 continue
+            if request.given_delta is not None:
+                given, request.given_delta = request.given_delta, None
+                rest = without_repeated(delta, given)
+                if rest is None:
+                    actions += self._attempt_failed(request, _other_first_token(delta, given, worker), now_s)
+                    is_room_freed = True
+                    continue
+                delta = rest
             if request.state is not RequestState.DECODING:
                 self._first_decode_delta(request, delta, now_s)
             num_tokens = len(delta.token_ids)
             request.num_output_tokens += num_tokens
             request.progress_s = now_s
             account.grow(delta.handoff_id, num_tokens)
-            actions.append(Deliver(request.sink, delta, request.placement))
+            if num_tokens or delta.text or delta.finish_reason is not None:
+                actions.append(Deliver(request.sink, delta, request.placement))
             if delta.finish_reason is not None:
                 if delta.num_cached_tokens is not None:
                     request.hit_tokens = delta.num_cached_tokens
@@ -407,7 +419,7 @@ class Core:
             decode_worker=None if decode is None else decode.worker_id,
             way=assignment.way,
             way_reason=assignment.reason,
-            is_streamed=stream is not None,
+            stream=stream,
         )
         event(
             logger, "attempt started", request_id=request.request_id, handoff_id=handoff_id,
@@ -434,6 +446,12 @@ class Core:
     def _stream_source(self, request: Request, prefill_id: str, decode_id: str) -> KvSource | None:
         prefill, decode = self.fleet.get(prefill_id), self.fleet.get(decode_id)
         if prefill is None or decode is None:
+            return None
+        account = prefill.account
+        if account.num_reserved_blocks > account.capacity.num_blocks:
+            # It might begin prompts in another order than that in which the decode worker promises blocks,
+            # and each would wait for the other: nothing is promised for what may not fit here beside the
+            # others. It is pulled when it is there.
             return None
         lease_s = self._settings.prefill_timeout_s + self._settings.handoff_timeout_s
         return stream_source(request, prefill.registration, decode.registration, lease_s)
@@ -525,6 +543,9 @@ class Core:
             for worker_id in (request.prefill_worker, request.decode_worker):
                 if worker_id is not None:
                     self._dispatch.release(worker_id, request.handoff_id)
+            if request.is_streamed and request.decode_worker and request.state is RequestState.PREFILLING:
+                # Over with the prefill worker's token; the decode worker was waiting for its KV.
+                actions.append(Send(request.decode_worker, AbortLeg(handoff_id=request.handoff_id)))
         else:
             actions = self._close_attempt(request)
         self._line.leave(request)
@@ -554,3 +575,12 @@ class Core:
         if self._requests:
             return []
         return [w.account for w in self.fleet if w.account.num_legs or w.account.num_reserved_blocks]
+
+
+def _other_first_token(delta: SequenceDelta, given: SequenceDelta, worker: Worker) -> TransferFailed:
+    return TransferFailed(
+        f"the answer began with token {given.token_ids}, the decode worker with {delta.token_ids[:1]}: "
+        "it did not get the prefill worker's",
+        phase="handoff",
+        worker_id=worker.worker_id,
+    )

@@ -7,7 +7,7 @@ import msgspec
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import KvSource, PrefillFinished, RegisterWorker, StartDecode, StartPrefill
 from baton.contract.sampling import SamplingSpec
-from coordinator.first_token import prefill_spec
+from coordinator.first_token import prefill_spec, reason_for_decode
 from coordinator.request import Request
 
 MIN_DEADLINE_S = 1e-3
@@ -81,6 +81,9 @@ def stream_source(
         num_bytes=num_blocks * source.capacity.kv_bytes_per_block,
         transfer_params=source.stream_params,
         is_streamed=True,
+        has_first_token=source.streams_first_token
+        and destination.streams_first_token
+        and reason_for_decode(request.submission.sampling, is_streamed=True) is None,
     )
 
 

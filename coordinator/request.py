@@ -25,7 +25,8 @@ class Request:
 
     __slots__ = (
         "deadline_s", "decode_worker", "dispatched_s", "entered_s", "first_decode_s", "first_token_by",
-        "first_token_reason", "handoff_id", "hit_tokens", "hits", "is_alone", "is_streamed", "kv_source",
+        "first_token_reason", "given_delta", "handoff_id", "hit_tokens", "hits", "is_alone", "is_streamed",
+        "kv_source",
         "last_decode_worker", "last_prefill_worker", "num_attempts", "num_bytes_to_move",
         "num_output_tokens", "num_prompt_tokens", "placement", "predicted_hit_tokens", "prefill_finished_s",
         "prefill_worker", "progress_s", "prompt_logprobs", "prompt_token_ids", "records", "sink", "state",
@@ -62,6 +63,9 @@ class Request:
         """No other prompt was waiting at the worker that computes this one."""
         self.is_streamed = False
         """In this attempt the decode worker was told when the prefill began; KV moves meanwhile."""
+        self.given_delta: SequenceDelta | None = None
+        """In this attempt the client has this first token of the prefill worker, and the decode worker will
+        tell it again."""
         self.num_bytes_to_move = 0
         """KV that the decode worker did not hold when it was chosen."""
         self.way: Way | None = None
@@ -116,12 +120,13 @@ class Request:
         decode_worker: str | None,
         way: Way,
         way_reason: str,
-        is_streamed: bool = False,
+        stream: KvSource | None = None,
     ) -> None:
         """A worker that is None has no part in this attempt; the same one twice serves both phases."""
         is_on_one_worker = prefill_worker == decode_worker
         self.num_attempts += 1
-        self.is_streamed = is_streamed
+        self.is_streamed = stream is not None
+        self.given_delta = None
         self.handoff_id = handoff_id
         self.way, self.way_reason = way, way_reason
         self.prefill_worker = None if is_on_one_worker else prefill_worker
@@ -129,14 +134,14 @@ class Request:
         self.last_prefill_worker = prefill_worker or self.last_prefill_worker
         self.last_decode_worker = decode_worker or self.last_decode_worker
         if prefill_worker is not None:
-            self._choose_first_token(is_on_one_worker=is_on_one_worker)
+            self._choose_first_token(is_on_one_worker=is_on_one_worker, stream=stream)
         self.update_placement()
 
-    def _choose_first_token(self, *, is_on_one_worker: bool) -> None:
+    def _choose_first_token(self, *, is_on_one_worker: bool, stream: KvSource | None) -> None:
         reason = "one worker for both phases" if is_on_one_worker else None
-        if self.is_streamed:  # its prompt left before there was a token to append
-            reason = "streamed"
-        reason = reason or reason_for_decode(self.submission.sampling)
+        reason = reason or reason_for_decode(self.submission.sampling, is_streamed=stream is not None)
+        if reason is None and stream is not None and not stream.has_first_token:
+            reason = "streamed"  # its prompt left before there was a token to append
         self.first_token_by = WorkerRole.PREFILL if reason is None else WorkerRole.DECODE
         self.first_token_reason = reason or "ready when prefill ends"
 

@@ -157,6 +157,9 @@ class KvSource(msgspec.Struct, frozen=True, kw_only=True):
     is_streamed: bool = False
     """The KV is not there yet: the source writes it while it computes, into blocks that the decode worker
     reserves now. `lease_s` is then how long the reservation may stand."""
+    has_first_token: bool = False
+    """Streamed: the prefill worker samples the first token, and it comes with the KV. The decode worker
+    goes on from it and tells it as the first of its own."""
 
 
 # ── worker → coordinator ──────────────────────────────────────────────────────────────────────
@@ -182,6 +185,8 @@ class RegisterWorker(Message, frozen=True, kw_only=True):
     stream_params: dict[str, Any] | None = None
     """For `KvSource.transfer_params` of KV that this worker streams; None: it neither streams nor takes
     streams."""
+    streams_first_token: bool = False
+    """Its streams bring the first token along, or take one; see `KvSource.has_first_token`."""
     has_kv_events: bool = False
     """It tells which prompt blocks it holds (`KvEvents`); otherwise no hits are predicted for it."""
     sent_s: float | None = None

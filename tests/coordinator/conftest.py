@@ -167,9 +167,17 @@ class Bench:
         )
         self.perform(self.core.prefill_finished(self.worker(worker_id), message, self.now_s))
 
-    def step(self, worker_id: str, handoff_id: str, *token_ids: int, finish: str | None = None) -> None:
+    def step(
+        self,
+        worker_id: str,
+        handoff_id: str,
+        *token_ids: int,
+        finish: str | None = None,
+        text: str | None = None,
+    ) -> None:
+        text = "y" * len(token_ids) if text is None else text
         message = StepOutputs(
-            deltas=[SequenceDelta(handoff_id, list(token_ids), "y" * len(token_ids), finish)],
+            deltas=[SequenceDelta(handoff_id, list(token_ids), text, finish)],
             load=WorkerLoad(),
         )
         self.perform(self.core.step(self.worker(worker_id), message, self.now_s))

@@ -118,3 +118,129 @@ def test_what_cannot_be_streamed_is_pulled(make_bench, prefill, decode, sampling
     bench.submit("r", **sampling)
     assert bench.take(StartDecode) == []
     assert bench.core._requests["r"].state is RequestState.PREFILLING
+
+
+@pytest.fixture
+def token_bench(make_bench):
+    """Workers whose streams bring the first token along."""
+    bench = make_bench()
+    bench.add("p0", WorkerRole.PREFILL, stream_params=PREFILL, streams_first_token=True)
+    bench.add("d0", WorkerRole.DECODE, stream_params=DECODE, streams_first_token=True)
+    return bench
+
+
+def test_the_first_token_is_given_once_and_comes_from_the_prefill_worker(token_bench):
+    """
+    1. the decode worker hears that the first token comes with the KV; the prefill worker samples for real
+    2. the prefill worker's token goes to the client at once
+    3. the decode worker tells it again and goes on: the client hears only what follows
+    """
+    sink, prefill, decode = begin(token_bench, max_tokens=3, stop_token_ids=(9,))
+    assert decode.kv_source.has_first_token
+    assert decode.sampling.max_tokens == 3
+    assert prefill.sampling.stop_token_ids == (9,)
+    token_bench.finish_prefill("p0", prefill.handoff_id, token_id=5, text="y")
+    assert sink.token_ids == [5]
+    token_bench.step("d0", prefill.handoff_id, 5)
+    assert len(sink.placements) == 1
+    token_bench.step("d0", prefill.handoff_id, 6)
+    token_bench.step("d0", prefill.handoff_id, 7, finish="length")
+    assert sink.token_ids == [5, 6, 7]
+    assert sink.placements[0].first_token_by is WorkerRole.PREFILL
+    assert sink.reports[0].num_output_tokens == 3
+    token_bench.assert_nothing_is_held()
+
+
+def test_tokens_of_one_message_lose_only_the_first(token_bench):
+    sink, prefill, _ = begin(token_bench, max_tokens=3)
+    token_bench.finish_prefill("p0", prefill.handoff_id, token_id=5, text="y")
+    token_bench.step("d0", prefill.handoff_id, 5, 6, 7, finish="length")
+    assert sink.token_ids == [5, 6, 7]
+    token_bench.assert_nothing_is_held()
+
+
+def test_a_decode_worker_that_is_faster_gives_the_first_token_itself(token_bench):
+    sink, prefill, _ = begin(token_bench, max_tokens=3)
+    token_bench.step("d0", prefill.handoff_id, 5)
+    token_bench.finish_prefill("p0", prefill.handoff_id, token_id=5, text="y")
+    token_bench.step("d0", prefill.handoff_id, 6)
+    token_bench.step("d0", prefill.handoff_id, 7, finish="length")
+    assert sink.token_ids == [5, 6, 7]
+    token_bench.assert_nothing_is_held()
+
+
+def test_a_decode_worker_that_begins_with_another_token_is_not_believed(token_bench):
+    """
+    1. the KV did not arrive and its engine computed the prompt itself: it samples another first token
+    2. its leg is taken back, and another one goes on from the token that the client has
+    """
+    sink, prefill, _ = begin(token_bench, max_tokens=3, temperature=1.0)
+    token_bench.finish_prefill("p0", prefill.handoff_id, token_id=5, text="y")
+    token_bench.step("d0", prefill.handoff_id, 8)
+    assert "d0" in [worker_id for worker_id, _ in token_bench.take(AbortLeg)]
+    ((_, decode),) = token_bench.take(StartDecode)
+    assert decode.kv_source is None
+    assert unpack_token_ids(decode.prompt_token_ids) == [*range(20), 5]
+    assert decode.sampling.max_tokens == 2
+    token_bench.step("d0", decode.handoff_id, 6)
+    token_bench.step("d0", decode.handoff_id, 7, finish="length")
+    assert sink.token_ids == [5, 6, 7]
+    token_bench.assert_nothing_is_held()
+
+
+def test_an_answer_of_one_token_ends_the_decode_leg(token_bench):
+    """It stops at its first token: whoever says so first, the client hears it once."""
+    sink, prefill, _ = begin(token_bench, max_tokens=3)
+    token_bench.finish_prefill("p0", prefill.handoff_id, token_id=9, text="y", finish="stop")
+    assert [worker_id for worker_id, _ in token_bench.take(AbortLeg)] == ["d0"]
+    token_bench.step("d0", prefill.handoff_id, 9, finish="stop")
+    assert sink.token_ids == [9]
+    assert sink.reports[0].finish_reason == "stop"
+    token_bench.assert_nothing_is_held()
+
+
+def test_a_first_token_inside_a_character_is_told_by_the_decode_worker(token_bench):
+    """It has got it with the KV and detokenises from it on, so the second one's text is whole."""
+    sink, prefill, _ = begin(token_bench, max_tokens=2)
+    token_bench.finish_prefill("p0", prefill.handoff_id, token_id=5, text="")
+    assert sink.token_ids == []
+    token_bench.step("d0", prefill.handoff_id, 5, text="")
+    token_bench.step("d0", prefill.handoff_id, 6, finish="length")
+    assert sink.token_ids == [5, 6]
+    assert sink.placements[-1].first_token_reason == "partial character"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"seed": 1, "temperature": 1.0}, {"logprobs": 1}, {"stop": ("x",)}],
+    ids=lambda s: next(iter(s)),
+)
+def test_what_the_decode_worker_must_sample_it_samples(token_bench, sampling):
+    sink, prefill, decode = begin(token_bench, max_tokens=2, **sampling)
+    assert not decode.kv_source.has_first_token
+    token_bench.finish_prefill("p0", prefill.handoff_id, token_id=5, text="y")
+    assert sink.token_ids == []
+    token_bench.step("d0", prefill.handoff_id, 6)
+    token_bench.step("d0", prefill.handoff_id, 7, finish="length")
+    assert sink.token_ids == [6, 7]
+    assert sink.placements[0].first_token_by is WorkerRole.DECODE
+
+
+def test_what_may_not_fit_on_the_prefill_worker_is_pulled(make_bench):
+    """
+    1. the prefill worker has 5 blocks of 16 tokens, the decode worker 64
+    2. two prompts of two blocks are promised blocks; a third could be computed before them, and fill the
+       prefill worker while the blocks for it are promised to those
+    3. it is computed all the same, and handed over when it is there
+    """
+    bench = make_bench()
+    bench.add("p0", WorkerRole.PREFILL, stream_params=PREFILL, num_blocks=5)
+    bench.add("d0", WorkerRole.DECODE, stream_params=DECODE)
+    for number in range(3):
+        bench.submit(f"r{number}")
+    prefills, decodes = bench.take(StartPrefill), bench.take(StartDecode)
+    assert len(prefills) == 3
+    assert [decode.handoff_id for _, decode in decodes] == [prefill.handoff_id for _, prefill in prefills[:2]]
+    bench.finish_prefill("p0", prefills[2][1].handoff_id)
+    ((_, decode),) = bench.take(StartDecode)
+    assert not decode.kv_source.is_streamed
