@@ -45,6 +45,7 @@ from baton.contract.messages import (
 )
 from baton.contract.tokens import pack_token_ids
 from baton.policy.base import Policy
+from baton.policy.fleet_pace import FleetPace
 from baton.policy.ledger import WorkerAccount
 from baton.policy.stay_or_go import Pace
 from baton.telemetry import event
@@ -54,7 +55,6 @@ from coordinator.deadline import Estimate
 from coordinator.dispatch import Dispatch
 from coordinator.first_token import is_usable, without_repeated
 from coordinator.fleet import FleetView, Worker
-from coordinator.fleet_pace import FleetPace
 from coordinator.intake import FleetFacts, ResultSink, Submission
 from coordinator.legs import start_decode, start_prefill, stream_source, with_lease_left
 from coordinator.prefixes import FleetPrefixes

@@ -1,7 +1,6 @@
-"""Giving a request to workers: asks the router, commits both accounts, takes it back.
+"""Giving a request to workers: asks who (`baton.policy.chooser`), commits both accounts, takes it back.
 
-Room on the decode worker is found before prefill is dispatched: KV that nobody can take would fill
-the prefill worker. A prompt is hashed once in its life, at its first look for a worker, and matched
+A prompt is hashed once in its life, at its first look for a worker, and matched
 anew at each; where no worker tells what it holds, neither happens. What the router learns from a
 decision (expected prefixes, the hotspot guard's counts) is made up for before the next one, when
 this one's request has left already.
@@ -16,18 +15,18 @@ from typing import Any
 
 from baton.contract.lifecycle import Way, WorkerRole
 from baton.policy.base import Choice, Policy, RequestFacts
-from baton.policy.decision import Decision, StayOrGo, way_of
+from baton.policy.chooser import Chooser, Chosen, commit
+from baton.policy.decision import Decision
 from baton.policy.explain import read_all, record_decision
+from baton.policy.fleet_pace import FleetPace
 from baton.policy.ledger import Pool, WorkerAccount
-from baton.policy.room import lack_of_prefill_room, lack_of_room, num_blocks_wanted
-from baton.policy.router import KnownHits, PrefillChoice, Router, best_hit_tokens
+from baton.policy.room import lack_of_prefill_room, lack_of_room
+from baton.policy.router import KnownHits, Router, best_hit_tokens
 from baton.policy.stay_or_go import Pace
 from coordinator.deadline import least_output_tokens, service_s
 from coordinator.fleet import FleetView, Worker
-from coordinator.fleet_pace import FleetPace
 from coordinator.prefixes import FleetPrefixes
 from coordinator.request import Request
-from coordinator.staying import ask, num_bytes_to_move
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,29 +43,12 @@ class Assignment:
     """Every fact of the decision, where decisions are recorded."""
 
 
-@dataclass(slots=True)
-class _Chosen:
-    """What the router answered. The accounts are there without the choices where plain numbers did."""
-
-    prefill: WorkerAccount | None = None
-    decode: WorkerAccount | None = None
-    prefill_choice: PrefillChoice | None = None
-    decode_choice: Choice | None = None
-    is_colocated: bool = False
-    """`prefill_choice` is of both phases."""
-    stay_or_go: StayOrGo | None = None
-    not_asked: str | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class _Lesson:
     """What the router learns from a decision once its request has left."""
 
     handoff_id: str
-    slot: int
-    """Of the worker that computes the prompt."""
-    choice: PrefillChoice | None
-    """None: nobody chose that worker for prefill, the prompt stays where it is decoded."""
+    chosen: Chosen
     hits: KnownHits | None
     now_s: float
 
@@ -97,6 +79,7 @@ class Dispatch:
         )
         self.prefixes = FleetPrefixes(self._router, max_bytes=kv_index_bytes)
         self.pace = FleetPace(pace)
+        self._chooser = Chooser(self._router, self.pace, keeps_records=keeps_records)
         self._keeps_records = keeps_records
         self._unlearned: _Lesson | None = None
 
@@ -123,111 +106,38 @@ class Dispatch:
             ),
         )
         hits = self._hits(request)
-        chosen = self._choose(request, facts, hits, now_s)
+        chosen = self._chooser.choose(
+            facts,
+            hits,
+            now_s,
+            needs_decode=request.needs_decode,
+            is_computed=request.prompt_token_ids is not None,
+        )
         if chosen is None:
             return None
-        prefill, decode = chosen.prefill, chosen.decode
-        way, reason = way_of(
-            None if prefill is None else prefill.worker_id,
-            None if decode is None else decode.worker_id,
-            None if chosen.stay_or_go is None else chosen.stay_or_go.costs,
-            chosen.not_asked,
-        )
+        way, reason = chosen.way()
         record = self._record(handoff_id, chosen, facts) if self._keeps_records else None
-        if way is Way.STAYED:
-            prefill = decode
-        self._commit(request, handoff_id, facts, hits, prefill, decode)
-        choice = None if way is Way.STAYED else chosen.prefill_choice
-        if prefill is not None and (choice is not None or hits is not None):
-            self._unlearned = _Lesson(handoff_id, prefill.slot, choice, hits, now_s)
-        return Assignment(prefill, decode, way, reason, record)
-
-    def _choose(
-        self, request: Request, facts: RequestFacts, hits: KnownHits | None, now_s: float
-    ) -> _Chosen | None:
-        router, chosen = self._router, _Chosen()
-        is_computed = request.prompt_token_ids is not None
-        if request.needs_decode and self._fleet.is_colocated:
-            chosen.prefill_choice = router.choose_colocated(facts, hits, now_s)
-            if chosen.prefill_choice is None:
-                return None
-            chosen.is_colocated = True
-            chosen.decode = chosen.prefill_choice.choice.account
-            chosen.prefill = None if is_computed else chosen.decode
-            return chosen
-        if request.needs_decode:
-            if self._keeps_records:
-                chosen.decode_choice = router.choose_decode(facts, hits, now_s)
-                chosen.decode = None if chosen.decode_choice is None else chosen.decode_choice.account
-            else:
-                chosen.decode = router.place_decode(facts, now_s, hits)
-            if chosen.decode is None:
-                return None
-        if is_computed:
-            return chosen
-        # What a worker cannot start on yet stays here, where it can still go elsewhere.
-        if hits is None and not self._keeps_records:
-            chosen.prefill = router.place_prefill(facts, now_s)
-        else:
-            chosen.prefill_choice = router.choose_prefill(facts, hits, now_s)
-            if chosen.prefill_choice is not None:
-                chosen.prefill = chosen.prefill_choice.choice.account
-        if chosen.decode is not None and chosen.prefill is not chosen.decode:
-            self._ask_stay_or_go(chosen, facts, hits)
-        is_stay = chosen.stay_or_go is not None and chosen.stay_or_go.costs.stays
-        return chosen if chosen.prefill is not None or is_stay else None
-
-    def _ask_stay_or_go(self, chosen: _Chosen, facts: RequestFacts, hits: KnownHits | None) -> None:
-        assert chosen.decode is not None
-        # Where nobody can start on it, going means waiting at least for the shortest queue.
-        prefill = chosen.prefill or min(
-            self._fleet.accounts(WorkerRole.PREFILL),
-            key=lambda account: account.num_queued_tokens,
-            default=None,
-        )
-        if prefill is None:
-            return
-        asked = ask(facts.num_prompt_tokens, hits, prefill, chosen.decode, self.pace.pace())
-        if isinstance(asked, str):
-            chosen.not_asked = asked
-        else:
-            chosen.stay_or_go = asked
+        self._commit(request, handoff_id, chosen, facts, hits)
+        self._unlearned = _Lesson(handoff_id, chosen, hits, now_s)
+        return Assignment(chosen.computing, chosen.decode, way, reason, record)
 
     def _commit(
         self,
         request: Request,
         handoff_id: str,
+        chosen: Chosen,
         facts: RequestFacts,
         hits: KnownHits | None,
-        prefill: WorkerAccount | None,
-        decode: WorkerAccount | None,
     ) -> None:
-        num_hit_tokens = 0
-        if hits is not None and prefill is not None:
-            num_hit_tokens = hits.tokens_by_slot.item(prefill.slot)
-        if prefill is not None:
-            is_known = hits is not None and self.prefixes.is_told_by(prefill.worker_id)
-            request.predicted_hit_tokens = num_hit_tokens if is_known else None
-            request.is_alone = not prefill.num_waiting
-        num_uncached = facts.num_prompt_tokens - num_hit_tokens
-        if prefill is not None and prefill is not decode:
-            prefill.commit(
-                handoff_id,
-                num_queued_tokens=num_uncached,
-                num_blocks=prefill.num_blocks_for(facts.num_prompt_tokens),
-                num_kv_tokens=facts.num_prompt_tokens,
-            )
-        if decode is not None:
-            num_held = 0 if hits is None else hits.tokens_by_slot.item(decode.slot)
-            request.num_bytes_to_move = num_bytes_to_move(facts.num_prompt_tokens - num_held, decode)
-            decode.commit(
-                handoff_id,
-                num_queued_tokens=num_uncached if prefill is decode else 0,
-                num_blocks=num_blocks_wanted(facts, decode),
-                num_kv_tokens=facts.num_prompt_tokens,
-            )
+        computing = chosen.computing
+        committed = commit(chosen, handoff_id, facts, hits)
+        if computing is not None:
+            is_known = hits is not None and self.prefixes.is_told_by(computing.worker_id)
+            request.predicted_hit_tokens = committed.num_hit_tokens if is_known else None
+            request.is_alone = committed.is_alone
+        request.num_bytes_to_move = committed.num_bytes_to_move
 
-    def _record(self, handoff_id: str, chosen: _Chosen, facts: RequestFacts) -> dict[str, Any]:
+    def _record(self, handoff_id: str, chosen: Chosen, facts: RequestFacts) -> dict[str, Any]:
         """Before anything is committed: facts that nobody has read yet are read now."""
         prefill = chosen.prefill_choice
         choices = [chosen.decode_choice]
@@ -301,10 +211,7 @@ class Dispatch:
         if lesson is None:
             return
         self._unlearned = None
-        if lesson.choice is None:
-            self._router.computes(lesson.handoff_id, lesson.slot, lesson.hits, lesson.now_s)
-        else:
-            self._router.committed(lesson.handoff_id, lesson.choice, lesson.hits)
+        lesson.chosen.learn(self._router, lesson.handoff_id, lesson.hits, lesson.now_s)
 
 
 def _left_out(pool: Pool, choice: Choice, why: Callable[[WorkerAccount], str]) -> dict[str, str]:

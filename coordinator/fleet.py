@@ -13,8 +13,8 @@ from baton.contract.codec import PROTOCOL_VERSION
 from baton.contract.errors import ProtocolMismatch, RegistrationRefused, WorkerIdTaken
 from baton.contract.lifecycle import PHASES, WorkerRole
 from baton.contract.messages import KvLayout, RegisterWorker
+from baton.policy.fleet_pace import StepClock
 from baton.policy.ledger import Ledger, Pool, WorkerAccount
-from coordinator.fleet_pace import StepClock
 
 
 class Worker:
@@ -69,8 +69,6 @@ class FleetView:
         # Asked for every request, changed by every few thousand: kept instead of computed.
         self.has_pair = False
         """Each phase has a worker that takes new legs; one that serves both is enough."""
-        self.is_colocated = False
-        """There are only workers that serve both phases: no request is ever handed off."""
         self.max_model_len: int | None = None
         """Longest prompt + output that every worker accepts, in tokens; None without workers."""
         self.largest_cache_tokens = dict.fromkeys(PHASES, 0)
@@ -182,7 +180,6 @@ class FleetView:
     def _changed(self) -> None:
         self.num_changes += 1
         self.has_pair = all(self._accounts.values())
-        self.is_colocated = all(len(pool) == len(self.colocated) for pool in self._accounts.values())
         self.max_model_len = min((w.registration.capacity.max_model_len for w in self), default=None)
         for phase, accounts in self._accounts.items():
             sizes = (a.capacity.num_blocks * a.block_size_tokens for a in accounts)

@@ -62,7 +62,7 @@ class Router:
         seed: int = 0,
     ) -> None:
         """Without an index no hits are predicted. The same seed and the same calls give the same
-        choices. `colocated_pool`: workers that serve both phases, for `choose_colocated`."""
+        choices. `colocated_pool`: workers that serve both phases; they are in the pool of each phase too."""
         self._ledger = ledger
         self._prefill_pool = prefill_pool
         self._decode_pool = decode_pool
@@ -76,6 +76,15 @@ class Router:
         self._draw = random.Random(seed).getrandbits
         self._ranks_prefill = prefill_policy if isinstance(prefill_policy, RanksOne) else None
         self._ranks_decode = decode_policy if isinstance(decode_policy, RanksOne) else None
+
+    @property
+    def prefill_pool(self) -> Pool:
+        return self._prefill_pool
+
+    @property
+    def is_colocated(self) -> bool:
+        """There are only workers that serve both phases: no request is ever handed off."""
+        return len(self._prefill_pool) == len(self._decode_pool) == len(self._colocated_pool)
 
     def know(
         self,

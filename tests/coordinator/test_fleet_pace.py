@@ -6,10 +6,10 @@ import random
 
 import pytest
 
+from baton.policy.fleet_pace import MIN_MEASURED, STEPS_PER_MEASUREMENT, FleetPace
 from baton.settings import SettingsError
 from baton.step_time.base import StepWork, prefill_pairs
 from baton.step_time.profile import LinkFit, save_profile
-from coordinator.fleet_pace import MIN_MEASURED, STEPS_PER_MEASUREMENT, FleetPace
 from coordinator.given_pace import given_pace
 from coordinator.settings import CoordinatorSettings
 from tests.step_time.test_profile import DECODE, PREFILL, profile
