@@ -269,6 +269,7 @@ def _worker_snapshot(worker: Worker, now_s: float) -> dict[str, object]:
         "host": registration.host,
         "pid": registration.pid,
         "is_leaving": worker.is_leaving,
+        "is_on_trial": worker.is_on_trial,
         "silent_s": round(now_s - worker.last_heard_s, 3),
         "tensor_parallel_size": registration.tensor_parallel_size,
         "pipeline_parallel_size": registration.pipeline_parallel_size,

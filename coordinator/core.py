@@ -56,6 +56,7 @@ from coordinator.dispatch import Dispatch
 from coordinator.first_token import is_usable, without_repeated
 from coordinator.fleet import FleetView, Worker
 from coordinator.intake import FleetFacts, ResultSink, Submission
+from coordinator.join_test import JoinTests
 from coordinator.legs import start_decode, start_prefill, stream_source, with_lease_left
 from coordinator.prefixes import FleetPrefixes
 from coordinator.request import Request, final_report
@@ -84,6 +85,8 @@ class CoreSettings:
     """For stay or go; None: learnt from what workers report."""
     keeps_records: bool = False
     """Each request's decisions are handed out with its end, with all facts; for a log."""
+    tests_joins: bool = False
+    """A worker gets no request before a prompt over it and another worker was answered right."""
 
 
 class Core:
@@ -106,6 +109,7 @@ class Core:
             keeps_records=settings.keeps_records,
             pace=settings.pace,
         )
+        self._join_tests = JoinTests(self.fleet, boot_id)
         self._boot_id = boot_id
         self._num_handoffs = 0
         self._line = WaitingLine()
@@ -198,7 +202,10 @@ class Core:
         actions = []
         if self.fleet.get(registration.worker_id) is not None:
             actions = self.worker_lost(registration.worker_id, "it registered again", now_s)
-        self._dispatch.worker_joined(self.fleet.add(registration, peer, now_s))
+        worker = self.fleet.add(registration, peer, now_s)
+        self._dispatch.worker_joined(worker)
+        if self._settings.tests_joins:
+            actions += self._join_tests.joined(worker, now_s)
         return actions + self._pump(now_s)
 
     def worker_lost(self, worker_id: str, reason: str, now_s: float) -> list[Action]:
@@ -207,7 +214,7 @@ class Core:
         if worker is None:
             return []
         self._dispatch.worker_left(worker)
-        actions: list[Action] = []
+        actions = self._join_tests.lost(worker, now_s)
         for request in list(self._requests.values()):
             if worker_id == request.decode_worker or (
                 worker_id == request.prefill_worker and request.state is RequestState.PREFILLING
@@ -230,6 +237,8 @@ class Core:
     def prefill_finished(self, worker: Worker, message: PrefillFinished, now_s: float) -> list[Action]:
         worker.account.observe(message.load)
         delta = message.delta
+        if self._join_tests.knows(delta.handoff_id, worker):
+            return self._join_tests.prefilled(message, now_s)
         request = self._leg(delta.handoff_id, worker, RequestState.PREFILLING)
         if request is None:
             # Nobody will fetch this KV: let the worker free it now instead of at the lease's end.
@@ -282,7 +291,11 @@ class Core:
         for delta in message.deltas:
             request = legs.get(delta.handoff_id)
             if request is None or request.decode_worker != worker.worker_id or request.is_prefilled_elsewhere:
-                self._log_dropped("delta", delta.handoff_id, worker)
+                if self._join_tests.knows(delta.handoff_id, worker):
+                    actions += self._join_tests.decoded(delta, now_s)
+                    is_room_freed = True
+                else:
+                    self._log_dropped("delta", delta.handoff_id, worker)
                 continue
             if request.given_delta is not None:
                 given, request.given_delta = request.given_delta, None
@@ -318,6 +331,8 @@ class Core:
         return actions + self._pump(now_s) if is_room_freed else actions
 
     def leg_failed(self, worker: Worker, message: LegFailed, now_s: float) -> list[Action]:
+        if self._join_tests.knows(message.handoff_id, worker):
+            return self._join_tests.failed(message, now_s) + self._pump(now_s)
         request = self._legs.get(message.handoff_id)
         if request is None or worker.worker_id not in (request.prefill_worker, request.decode_worker):
             self._log_dropped("failure", message.handoff_id, worker)
@@ -333,7 +348,7 @@ class Core:
     def tick(self, now_s: float) -> list[Action]:
         """Ends every phase that made no progress within its deadline. Call a few times a second."""
         self.prefixes.settle_due(now_s)
-        actions: list[Action] = []
+        actions = self._join_tests.tick(now_s)
         for request in list(self._requests.values()):
             if request.is_late(now_s):
                 actions += self._finish_late(request, now_s)

@@ -21,7 +21,8 @@ class Worker:
     """One registered worker. `peer` is its connection, opaque here."""
 
     __slots__ = (
-        "_clock_ahead_s", "account", "is_leaving", "last_heard_s", "peer", "registration", "step_clock",
+        "_clock_ahead_s", "account", "is_leaving", "is_on_trial", "is_refused", "last_heard_s", "peer",
+        "registration", "step_clock",
     )  # fmt: skip
 
     def __init__(
@@ -31,6 +32,10 @@ class Worker:
         self.peer = peer
         self.last_heard_s = now_s
         self.is_leaving = False
+        self.is_on_trial = False
+        """It gets no requests yet; see `join_test`."""
+        self.is_refused = False
+        """It has been told that it may not join, and will leave."""
         self.account = account
         self.step_clock = StepClock()
         self._clock_ahead_s: float | None = None
@@ -52,6 +57,15 @@ class Worker:
     @property
     def role(self) -> WorkerRole:
         return self.registration.role
+
+    @property
+    def can_be_used(self) -> bool:
+        return not (self.is_leaving or self.is_refused)
+
+    @property
+    def takes_legs(self) -> bool:
+        """Of requests."""
+        return self.can_be_used and not self.is_on_trial
 
 
 class FleetView:
@@ -157,20 +171,35 @@ class FleetView:
 
     def mark_leaving(self, worker: Worker) -> None:
         """The worker gets no new legs; those it has go on."""
-        if not worker.is_leaving:
-            worker.is_leaving = True
+        self._remove_from_pools(worker)
+        worker.is_leaving = True
+        self._changed()
+
+    def put_on_trial(self, worker: Worker) -> None:
+        """It is a member and gets no legs of requests, until `let_in`."""
+        self._remove_from_pools(worker)
+        worker.is_on_trial = True
+        self._changed()
+
+    def let_in(self, worker: Worker) -> None:
+        if worker.is_on_trial:
+            worker.is_on_trial = False
+            if worker.takes_legs:
+                for pool in self._pools_of(worker):
+                    pool.add(worker.account)
+            self._changed()
+
+    def _remove_from_pools(self, worker: Worker) -> None:
+        if worker.takes_legs:
             for pool in self._pools_of(worker):
                 pool.remove(worker.account)
-            self._changed()
 
     def remove(self, worker_id: str) -> Worker | None:
         worker = self._by_id.pop(worker_id, None)
         if worker is None:
             return None
         self._by_peer.pop(worker.peer, None)
-        if not worker.is_leaving:
-            for pool in self._pools_of(worker):
-                pool.remove(worker.account)
+        self._remove_from_pools(worker)
         self.ledger.close(worker.account)
         if not self._by_id:
             self.layout = None

@@ -138,7 +138,7 @@ def _add_gauges(metrics: Metrics, core: Core) -> None:
     def workers() -> dict[str, float]:
         counts = dict.fromkeys((role.value for role in WorkerRole), 0.0)
         for worker in core.fleet:
-            if not worker.is_leaving:
+            if worker.takes_legs:
                 counts[worker.role.value] += 1
         return counts
 
@@ -188,6 +188,7 @@ def _core_settings(settings: CoordinatorSettings) -> CoreSettings:
         decode_stall_timeout_s=settings.decode_stall_timeout_s,
         pace=None if settings.step_time is None else given_pace(settings.step_time),
         keeps_records=settings.decision_log is not None,
+        tests_joins=settings.join_test,
         kv_index_bytes=int(settings.kv_index_gib * 1024**3),
     )
 

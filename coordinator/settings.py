@@ -81,6 +81,11 @@ class CoordinatorSettings:
         20.0, "longest time from KV ready to the decode worker's first token, seconds; below the KV lease"
     )
     decode_stall_timeout_s: float = option(60.0, "longest silence between two tokens, seconds")
+    join_test: bool = option(
+        True,
+        "before a worker gets requests, send one short prompt over it and another worker and compare the "
+        "answer with the decode worker's own; a worker that fails is refused",
+    )
     heartbeat_interval_s: float = option(0.5, "how often workers report, seconds")
     heartbeat_timeout_s: float = option(
         10.0, "silence after which a worker is given up, seconds; a starved laptop can be silent for several"

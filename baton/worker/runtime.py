@@ -346,7 +346,9 @@ class WorkerRuntime:
         self._changed.set()
 
     def _on_refused(self, error: ErrorReport) -> None:
-        if self._registration.is_registered:
+        if self._registration.is_registered:  # accepted, tried, and found to answer wrong
+            event(logger, "join test failed", level=logging.ERROR, code=error.code, reason=error.message)
+            self._finish(EndOfServing.REFUSED, error.message)
             return
         self._registration.refused(error, self._clock.now_s())
         event(logger, "registration refused", level=logging.ERROR, code=error.code, reason=error.message)

@@ -55,7 +55,8 @@ GREEDY = {"max_tokens": 12, "temperature": 0}
 @pytest.fixture(scope="module")
 def fleet(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     fleet = Fleet(tmp_path_factory.mktemp("abused"), engine="simulated", model=model)
-    fleet.start_coordinator("--heartbeat-timeout-s", str(HEARTBEAT_TIMEOUT_S))
+    # Strangers that register are workers here, although they would never pass the test of joining.
+    fleet.start_coordinator("--heartbeat-timeout-s", str(HEARTBEAT_TIMEOUT_S), "--no-join-test")
     worker = ("--max-model-len", str(MAX_MODEL_LEN), "--num-blocks", "512", "--simulated-step-s", "0.001")
     fleet.start_worker("prefill", "prefill-1", *worker)
     fleet.start_worker("decode", "decode-1", *worker)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from baton.contract import codec
-from baton.contract.errors import EngineFailed, ProtocolMismatch, WorkerIdTaken
+from baton.contract.errors import EngineFailed, ProtocolMismatch, RegistrationRefused, WorkerIdTaken
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import (
     AbortLeg,
@@ -76,6 +76,20 @@ async def test_a_refusal_ends_serving_with_its_sentence(make_coordinator, make_e
         await runtime.end_requested()
         assert runtime.end is EndOfServing.REFUSED
         assert runtime.end_reason == "dtype is 'float16'"
+
+
+async def test_a_worker_that_fails_the_test_of_joining_ends_and_says_good_bye(
+    make_coordinator, make_engine, run_runtime
+):
+    """It had been accepted, so the coordinator has it in its fleet."""
+    coordinator = make_coordinator()
+    async with run_runtime(make_engine(), coordinator.address) as runtime:
+        await coordinator.expect(Heartbeat)
+        coordinator.send(WorkerRefused(error=RegistrationRefused("token 0 is 5 instead of 7").report()))
+        await runtime.end_requested()
+        assert runtime.end is EndOfServing.REFUSED
+        assert runtime.end_reason == "token 0 is 5 instead of 7"
+    await coordinator.expect(WorkerLeaving, 2)
 
 
 async def test_a_taken_worker_id_is_tried_again(make_coordinator, make_engine, run_runtime):
