@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks import door, e2e, machine, peers, placement, preemption, routing, twin_fidelity
-from benchmarks.figures import Report
-from benchmarks.layout import PEERS, RESULTS, TRACES
+from benchmarks import door, e2e, peers, placement, preemption, routing, twin_fidelity
+from benchmarks.layout import PEERS, TRACES
 from benchmarks.load import LoadFailed, compile_tools
+from benchmarks.publish import save, show
 from benchmarks.servers import NotReady
 from benchmarks.trace_load import RequestsFailed
 
@@ -112,34 +111,10 @@ def _run(options: argparse.Namespace, rows: list[str] | None, argv: list[str] | 
     if report.noisy_rows:
         rows_text = ", ".join(report.noisy_rows)
         report.remarks.append(f"Not quiet, somebody else used this machine before: {rows_text}.")
-    _show(report, as_json=options.json)
+    show(report, as_json=options.json)
     if options.save:
-        _save(report, "scripts/bench.sh " + " ".join(sys.argv[1:] if argv is None else argv))
+        save(report, "scripts/bench.sh " + " ".join(sys.argv[1:] if argv is None else argv))
     return EXIT_BAR_MISSED if report.missed else 0
-
-
-def _show(report: Report, *, as_json: bool) -> None:
-    if as_json:
-        for figure in report.figures:
-            print(json.dumps(figure.as_json(), ensure_ascii=False))
-        for remark in report.remarks:
-            print(f"note: {remark}", file=sys.stderr)
-        return
-    print(report.table())
-    print()
-    for row, busy in report.busy_before.items():
-        print(f"cores in use before {row}: {busy:.2f}")
-    for remark in report.remarks:
-        print(f"note: {remark}")
-    for figure in report.missed:
-        print(f"MISSED: {figure.name} is {figure.spread.median:.3g} {figure.unit}, bar {figure.bar}")
-
-
-def _save(report: Report, command: str) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    facts = machine.describe()
-    (RESULTS / f"{report.benchmark}.json").write_text(report.json_document(facts, command), encoding="utf-8")
-    (RESULTS / f"{report.benchmark}.md").write_text(report.markdown(facts, command), encoding="utf-8")
 
 
 if __name__ == "__main__":

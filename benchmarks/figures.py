@@ -104,8 +104,9 @@ class Report:
                 f"| {({True: 'holds', False: '**missed**', None: ''})[figure.holds]}"
                 f"{' ' + figure.note if figure.note else ''} |"
             )
-        lines += ["", "Cores in use before each row (everything under test up and idle): "]
-        lines[-1] += ", ".join(f"{row} {busy:.2f}" for row, busy in self.busy_before.items()) + "."
+        if self.busy_before:
+            busy = ", ".join(f"{row} {cores:.2f}" for row, cores in self.busy_before.items())
+            lines += ["", f"Cores in use before each row (everything under test up and idle): {busy}."]
         lines += ["", *(f"- {remark}" for remark in self.remarks)]
         return "\n".join(lines).rstrip() + "\n"
 

@@ -26,6 +26,8 @@ class Finish(msgspec.Struct, frozen=True, gc=False):
     request_id: str
     handoff_id: str
     report: RequestReport
+    whole_s: float
+    """Since its submission; measured apart from the report's phases, which must add up to it."""
     records: list[dict[str, Any]]
     """Its decisions, one per attempt; empty unless they are kept."""
 

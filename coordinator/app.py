@@ -239,7 +239,12 @@ class Coordinator:
         report = action.report
         if request_log.isEnabledFor(logging.INFO):
             logged = msgspec.structs.replace(report, prompt_logprobs=None)
-            line = _RequestLogLine(request_id=action.request_id, handoff_id=action.handoff_id, report=logged)
+            line = _RequestLogLine(
+                request_id=action.request_id,
+                handoff_id=action.handoff_id,
+                whole_s=action.whole_s,
+                report=logged,
+            )
             request_log.info("%s", msgspec.json.encode(line).decode())
         if self._decision_log is not None:
             self._decision_log.write(action.request_id, action.records, report)
@@ -256,6 +261,7 @@ class _RequestLogLine(msgspec.Struct, frozen=True, kw_only=True):
     event: str = "request finished"
     request_id: str
     handoff_id: str
+    whole_s: float
     report: RequestReport
 
 

@@ -568,7 +568,8 @@ class Core:
         del self._requests[request.request_id]
         actions.append(
             Finish(request.sink, request.request_id, request.handoff_id,
-                   final_report(request, outcome, now_s, last, error), request.records)
+                   final_report(request, outcome, now_s, last, error), now_s - request.submitted_s,
+                   request.records)
         )  # fmt: skip
         return actions
 

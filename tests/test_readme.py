@@ -18,7 +18,14 @@ from placement.settings import PlanSettings
 from prefill_worker.settings import PrefillWorkerSettings
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/routing.md", "docs/planning.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/routing.md",
+    "docs/planning.md",
+    "docs/reliability.md",
+]
 
 
 def flags_of(settings: type) -> set[str]:
@@ -45,6 +52,8 @@ KNOWN_FLAGS = {
     "submit": {"--address", "--max-tokens"},
     "coordinator": flags_of(CoordinatorSettings),
     "explain": {"--last", "--log", "--replay"},
+    "story": {"--run"},
+    "chaos.sh": {"--quick", "--save", "--json", "--minutes"},
 }
 
 

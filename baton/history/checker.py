@@ -152,8 +152,10 @@ def tokens_billed(history: History) -> Found:
         if word is None:
             continue
         num_billed = word.report.num_output_tokens
-        # Whoever leaves may leave tokens unread; nobody can have read more than was produced.
-        is_right = num_billed == num_sent if ask.end in ANSWERED else num_billed >= num_sent
+        # Who leaves may leave tokens unread, and an error instead of a whole answer replaces what there was
+        # of it; nobody can have read more than was produced.
+        has_all = ask.end in (End.COMPLETED, End.FAILED)
+        is_right = num_billed == num_sent if has_all else num_billed >= num_sent
         if not is_right:
             yield ask.request_id, f"{num_billed} tokens billed, {num_sent} sent"
 
@@ -174,11 +176,10 @@ def phases_add_up(history: History) -> Found:
     """The sum of a request's phase times is its whole time, and the client was told the same."""
     for coordinator in history.coordinators:
         for request_id, words in coordinator.finished.items():
-            accepted = coordinator.accepted.get(request_id, [])
-            for start_s, word in zip(accepted, words, strict=False):
-                whole_s, sum_s = word.at_s - start_s, _sum(word.report.phases)
-                if abs(sum_s - whole_s) > max(SUM_SLACK_S, SUM_SLACK_SHARE * whole_s):
-                    yield request_id, f"phases of {sum_s:.4f} s in a life of {whole_s:.4f} s"
+            for word in words:
+                sum_s = _sum(word.report.phases)
+                if abs(sum_s - word.whole_s) > max(SUM_SLACK_S, SUM_SLACK_SHARE * word.whole_s):
+                    yield request_id, f"phases of {sum_s:.4f} s in a life of {word.whole_s:.4f} s"
     for ask in history.asks:
         if ask.phases is None:
             continue

@@ -9,12 +9,17 @@ from dataclasses import dataclass, field
 from baton.contract.messages import RequestReport
 from baton.history.records import Ask, FleetSnapshot, Kill, Limits
 
+LOG_RESOLUTION_S = 0.001
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:
     """A coordinator's final word on a request."""
 
     at_s: float
+    """When it was logged: some time after it was decided, if many ended in the same moment."""
+    whole_s: float
+    """From submission to this word, on the coordinator's own clock."""
     handoff_id: str
     report: RequestReport
 
@@ -72,7 +77,7 @@ class History:
         for kill in self.kills:
             if kill.name == "coordinator" and kill.at_s <= end_s:
                 back_s = min((at_s for at_s in ready if at_s > kill.at_s), default=float("inf"))
-                if start_s <= back_s:
+                if start_s <= back_s + LOG_RESOLUTION_S:
                     return True
         return False
 

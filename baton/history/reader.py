@@ -31,6 +31,7 @@ class _FinishedLine(msgspec.Struct):
 
     request_id: str
     handoff_id: str
+    whole_s: float
     report: RequestReport
 
 
@@ -99,7 +100,9 @@ def _read_coordinator(line: LogLine, record: CoordinatorRecord) -> None:
             word = _finished_line.decode(text)
         except msgspec.DecodeError as error:
             raise BrokenRun(f"{line.process}: a final word that cannot be read: {error}") from error
-        record.finished.setdefault(word.request_id, []).append(Finished(at_s, word.handoff_id, word.report))
+        record.finished.setdefault(word.request_id, []).append(
+            Finished(at_s, word.whole_s, word.handoff_id, word.report)
+        )
     elif text.startswith("request accepted "):
         record.accepted.setdefault(line.fields["request_id"], []).append(at_s)
     elif text.startswith("attempt started "):

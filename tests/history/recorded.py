@@ -94,9 +94,12 @@ class Log:
         self.lines.append(f"{clock} {level} {self.role} {text}")
         return self
 
-    def finishes(self, at_s: float, request_id: str, handoff_id: str, report: RequestReport) -> Log:
+    def finishes(
+        self, at_s: float, request_id: str, handoff_id: str, report: RequestReport, whole_s: float = 0.5
+    ) -> Log:
         line = {
-            "event": "request finished", "request_id": request_id, "handoff_id": handoff_id, "report": report,
+            "event": "request finished", "request_id": request_id, "handoff_id": handoff_id,
+            "whole_s": whole_s, "report": report,
         }  # fmt: skip
         return self.say(at_s, msgspec.json.encode(line).decode())
 

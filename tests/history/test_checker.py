@@ -63,6 +63,10 @@ CLEAN: dict[str, dict[str, Any]] = {
     "refused at the door": {
         "asks": [ask(), ask("r2", **REFUSED, error=ErrorReport(code="no_workers", message="none"))]
     },
+    "failed before a whole answer was whole": {
+        "asks": [ask(**REFUSED | {"status": 502}, error=LOST)],
+        "logs": {"coordinator-0": coordinator_log(outcome=Outcome.FAILED, error=LOST)},
+    },
     "failed within the stream": {
         "asks": [ask(**UNFINISHED | {"end": End.FAILED, "num_ends": 1}, error=LOST)],
         "logs": {"coordinator-0": coordinator_log(outcome=Outcome.FAILED, error=LOST)},
@@ -194,7 +198,7 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
                 .say(0.0, "coordinator ready boot_id=abc pid=1")
                 .say(5.0, "request accepted request_id=r1 num_prompt_tokens=7 max_tokens=5")
                 .say(17.1, "attempt started request_id=r1 handoff_id=h1")
-                .finishes(18.0, "r1", "h1", report(phases=PhaseTimes(queue_s=12.1, decode_s=0.9)))
+                .finishes(18.0, "r1", "h1", report(phases=PhaseTimes(queue_s=12.1, decode_s=0.9)), 13.0)
             },
             "asks": [ask(ended_s=START_S + 18.1)],
         },
@@ -245,7 +249,7 @@ def test_a_retried_request_may_queue_for_each_attempt(tmp_path: Path):
             .say(14.0, "attempt started request_id=r1 handoff_id=h1")
             .say(15.0, "attempt failed request_id=r1 handoff_id=h1 state=prefilling", "warning")
             .say(again_s, "attempt started request_id=r1 handoff_id=h2")
-            .finishes(again_s + 1.0, "r1", "h2", report(phases=phases))
+            .finishes(again_s + 1.0, "r1", "h2", report(phases=phases), again_s - 4.0)
         )
 
     asks = [ask(ended_s=START_S + 30.0)]

@@ -1,0 +1,120 @@
+"""The command line behind scripts/chaos.sh.
+
+Exit status: 0 every bar holds, 2 wrong usage, 4 a bar is missed. A quick run judges its bars too; it is there
+to see that everything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from baton.history import RunWriter
+from benchmarks.figures import Bar, Figure, Report
+from benchmarks.layout import SCRATCH
+from benchmarks.publish import save, show
+from benchmarks.samples import spread
+from tests.chaos.figures import judge, slope_mb_per_min
+from tests.chaos.fleets import (
+    NUM_DECODE,
+    NUM_PREFILL,
+    SIMULATED_LIMITS,
+    start_simulated,
+)
+from tests.chaos.jobs import simulated_jobs
+from tests.chaos.scenario import Load, run
+from tests.chaos.supervisor import in_turn, workers_in_turn
+
+EXIT_BAR_MISSED = 4
+NUM_WORKERS = NUM_PREFILL + NUM_DECODE
+
+WARM_UP_SHARE = 1 / 3
+"""Of a soak: tables grow to their working size."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/chaos.sh", description=__doc__)
+    parser.add_argument("name", choices=[*SCENARIOS])
+    parser.add_argument("--quick", action="store_true", help="less than a minute: does it run?")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="how long the load lasts (simulated, soak)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object per figure instead of a table")
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/chaos-NAME.json and .md"
+    )
+    options = parser.parse_args(argv)
+    folder = SCRATCH / f"chaos-{options.name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    minutes = options.minutes
+    report = SCENARIOS[options.name](folder, options.quick, None if minutes is None else minutes * 60)
+    report.remarks.append("Clients' records and logs of the run can be checked again: baton history check.")
+    if options.quick:
+        report.remarks.insert(0, "Quick run: a functional check and no proof.")
+    show(report, as_json=options.json)
+    if not options.json:
+        print(f"note: the run is in {folder}")
+    if options.save:
+        save(report, "scripts/chaos.sh " + " ".join(sys.argv[1:] if argv is None else argv))
+    return EXIT_BAR_MISSED if report.missed else 0
+
+
+def simulated(folder: Path, is_quick: bool, load_s: float | None) -> Report:
+    """2P2D, 2,000 users, each role killed in turn every 10 s."""
+    num_users, step_s = (300, 0.05) if is_quick else (2_000, 0.4)
+    load = Load(
+        num_users=num_users,
+        load_s=load_s or (24.0 if is_quick else 300.0),
+        ramp_s=2.0 if is_quick else 10.0,
+        victims=in_turn(NUM_PREFILL, NUM_DECODE),
+        kill_every_s=5.0 if is_quick else 10.0,
+    )
+    with RunWriter(folder) as writer:
+        supervised = start_simulated(folder, writer, step_s=step_s)
+        found = run(supervised, writer, SIMULATED_LIMITS, load, simulated_jobs((16, 32)))
+    if found.violations:
+        print(found.told(folder), file=sys.stderr)
+    return judge("simulated", found, num_workers=NUM_WORKERS)
+
+
+def soak(folder: Path, is_quick: bool, load_s: float | None) -> Report:
+    """An hour of mixed load with now and then a worker killed; the coordinator lives through it."""
+    load_s = load_s or (30.0 if is_quick else 3_600.0)
+    load = Load(
+        num_users=40,
+        load_s=load_s,
+        ramp_s=2.0,
+        victims=workers_in_turn(NUM_PREFILL, NUM_DECODE),
+        kill_every_s=8.0 if is_quick else 120.0,
+    )
+    with RunWriter(folder) as writer:
+        supervised = start_simulated(folder, writer, step_s=0.05)
+        found = run(
+            supervised,
+            writer,
+            SIMULATED_LIMITS,
+            load,
+            simulated_jobs((1, 64), share_leaving=0.1, share_whole=0.3),
+        )
+    if found.violations:
+        print(found.told(folder), file=sys.stderr)
+    report = judge("soak", found, num_workers=NUM_WORKERS)
+    warm = [(s, b) for s, b in found.rss_bytes if s >= WARM_UP_SHARE * load_s]
+    report.figures += [
+        Figure(row="coordinator's memory grows by", subject="baton", unit="MB/min",
+               spread=spread([slope_mb_per_min(warm)]), bar=Bar("<=", 1.0),
+               note="resident, least squares after a third of the time"),
+        Figure(row="coordinator's memory", subject="baton", unit="MB",
+               spread=spread([b / 1e6 for _, b in warm])),
+    ]  # fmt: skip
+    return report
+
+
+SCENARIOS: dict[str, Callable[[Path, bool, float | None], Report]] = {"simulated": simulated, "soak": soak}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
