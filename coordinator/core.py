@@ -1,13 +1,11 @@
 """The coordinator's decisions: events in, actions out, no I/O.
 
-Every accepted request is in `_requests` until its one Finish action. Each attempt to serve it has
-a `handoff_id`; `_legs` maps the live ones, so whatever a worker says about an abandoned attempt
-finds nobody and is dropped. Room on the decode worker is reserved before prefill is dispatched:
-KV that nobody can take would fill the prefill worker.
+Every accepted request is in `_requests` until its one Finish action. What is done for it between the
+two is an attempt (`attempts.py`); what follows when one fails is one rule (`recovery.py`).
 
-    submit ─> queue ─> StartPrefill ─> PrefillFinished ─> StartDecode ─> tokens ─> Finish
-                ^            │                                │
-                └── retry ───┘          recompute on decode ──┘   (counted, bounded by max_attempts)
+    submit ─> line ─> StartPrefill ─> PrefillFinished ─> StartDecode ─> tokens ─> Finish
+               ^            │                                │             │
+               └── retry ───┘          recompute on decode ──┘    resume ──┘
 """
 
 from __future__ import annotations
@@ -36,14 +34,12 @@ from baton.contract.messages import (
     AbortLeg,
     Heartbeat,
     KvEvents,
-    KvSource,
     LegFailed,
     PrefillFinished,
     RegisterWorker,
     SequenceDelta,
     StepOutputs,
 )
-from baton.contract.tokens import pack_token_ids
 from baton.policy.base import Policy
 from baton.policy.fleet_pace import FleetPace
 from baton.policy.ledger import WorkerAccount
@@ -51,14 +47,16 @@ from baton.policy.stay_or_go import Pace
 from baton.telemetry import event
 from coordinator.actions import Action, Deliver, Finish, Send
 from coordinator.admission import check_acceptable
+from coordinator.attempts import Attempts
 from coordinator.deadline import Estimate
 from coordinator.dispatch import Dispatch
 from coordinator.first_token import is_usable, without_repeated
 from coordinator.fleet import FleetView, Worker
 from coordinator.intake import FleetFacts, ResultSink, Submission
 from coordinator.join_test import JoinTests
-from coordinator.legs import start_decode, start_prefill, stream_source, with_lease_left
+from coordinator.legs import with_lease_left
 from coordinator.prefixes import FleetPrefixes
+from coordinator.recovery import RecoveryPolicy, give_back, remedy_for, waited_in_vain
 from coordinator.request import Request, final_report
 from coordinator.waiting_line import MAX_RETRY_AFTER_S, WaitingLine
 
@@ -70,6 +68,8 @@ class CoreSettings:
     max_queued: int = 4096
     """Requests waiting for a worker; beyond it a client hears 429 at once."""
     max_attempts: int = 3
+    """In a row without progress, see `recovery`."""
+    decode_loss_policy: Literal["resume", "fail"] = "resume"
     transfer_failure_policy: Literal["recompute", "fail"] = "recompute"
     queue_timeout_s: float = 120.0
     prefill_timeout_s: float = 300.0
@@ -110,11 +110,19 @@ class Core:
             pace=settings.pace,
         )
         self._join_tests = JoinTests(self.fleet, boot_id)
-        self._boot_id = boot_id
-        self._num_handoffs = 0
+        self._attempts = Attempts(
+            self.fleet,
+            self._dispatch,
+            boot_id,
+            stream_lease_s=settings.prefill_timeout_s + settings.handoff_timeout_s,
+        )
+        self._recovery = RecoveryPolicy(
+            max_attempts=settings.max_attempts,
+            transfer_failure_policy=settings.transfer_failure_policy,
+            decode_loss_policy=settings.decode_loss_policy,
+        )
         self._line = WaitingLine()
         self._requests: dict[str, Request] = {}
-        self._legs: dict[str, Request] = {}
         self._facts_key = (-1, False)
         self._facts: FleetFacts
 
@@ -215,16 +223,14 @@ class Core:
             return []
         self._dispatch.worker_left(worker)
         actions = self._join_tests.lost(worker, now_s)
-        for request in list(self._requests.values()):
-            if worker_id == request.decode_worker or (
-                worker_id == request.prefill_worker and request.state is RequestState.PREFILLING
-            ):
+        for request in reversed(list(self._requests.values())):  # each goes to the head of the line
+            if worker_id in (request.decode_worker, request.prefill_worker):
                 error = WorkerLost(
                     f"worker {worker_id} was lost in {request.state.value}: {reason}",
                     phase=request.state.value,
                     worker_id=worker_id,
                 )
-                actions += self._attempt_failed(request, error, now_s)
+                actions += self._attempt_failed(request, error, worker_id, now_s)
         return actions + self._pump(now_s)
 
     def worker_leaving(self, worker: Worker) -> None:
@@ -244,41 +250,32 @@ class Core:
             # Nobody will fetch this KV: let the worker free it now instead of at the lease's end.
             return [Send(worker.worker_id, AbortLeg(handoff_id=delta.handoff_id))]
         if delta.num_cached_tokens is not None:
-            worker.account.correct(
-                delta.handoff_id, num_uncached_tokens=request.num_prompt_tokens - delta.num_cached_tokens
-            )
+            num_uncached_tokens = request.num_leg_tokens - delta.num_cached_tokens
+            worker.account.correct(delta.handoff_id, num_uncached_tokens=num_uncached_tokens)
             if request.is_alone:
-                num_hit_tokens = delta.num_cached_tokens
-                self.pace.prefilled(
-                    request.num_prompt_tokens - num_hit_tokens, num_hit_tokens, message.prefill_s
-                )
+                self.pace.prefilled(num_uncached_tokens, delta.num_cached_tokens, message.prefill_s)
         self._dispatch.prompt_computed(worker, delta.handoff_id, now_s)
-        request.prefill_finished_s = now_s
-        request.hit_tokens = delta.num_cached_tokens
-        request.prompt_logprobs = message.prompt_logprobs
+        request.prompt_computed(now_s)
+        request.found_hits(delta.num_cached_tokens)
+        request.prompt_logprobs = message.prompt_logprobs or request.prompt_logprobs
         is_last = delta.finish_reason is not None or not request.needs_decode
-        if request.first_token_by is WorkerRole.PREFILL and not (is_last or is_usable(delta)):
-            request.first_token_by = WorkerRole.DECODE
-            request.first_token_reason = "partial character"
-        request.prompt_token_ids = request.submission.prompt_token_ids
+        if request.next_token_by is WorkerRole.PREFILL and not (is_last or is_usable(delta)):
+            request.choose_next_token(WorkerRole.DECODE, "partial character")
+        is_token_given = request.next_token_by is WorkerRole.PREFILL
         actions: list[Action] = []
-        if request.first_token_by is WorkerRole.PREFILL:
-            request.prompt_token_ids += pack_token_ids(delta.token_ids)
-            request.num_output_tokens += len(delta.token_ids)
+        if is_token_given:
+            request.output_token_ids.extend(delta.token_ids)
             request.update_placement()
             actions.append(Deliver(request.sink, delta, request.placement))
             if is_last:
-                return (
-                    actions + self._finish(request, Outcome.COMPLETED, now_s, last=delta) + self._pump(now_s)
-                )
-        if request.is_streamed:  # the decode worker has known since the prefill began
-            if request.first_token_by is WorkerRole.PREFILL:
-                request.given_delta = delta
-            request.move(RequestState.HANDING_OFF, now_s)
-            return actions + self._pump(now_s)
-        request.kv_source = with_lease_left(request, message, now_s)
+                actions += self._finish(request, Outcome.COMPLETED, now_s, last=delta)
+                return actions + self._pump(now_s)
         request.move(RequestState.HANDING_OFF, now_s)
-        actions.append(self._start_decode(request, request.kv_source, now_s))
+        if not request.is_streamed:
+            source = with_lease_left(request, message, now_s)
+            actions.append(self._attempts.start_decode(request, source, now_s))
+        elif is_token_given:  # the decode worker has known of the prompt since the prefill began
+            request.given_delta = delta
         return actions + self._pump(now_s)
 
     def step(self, worker: Worker, message: StepOutputs, now_s: float) -> list[Action]:
@@ -287,7 +284,7 @@ class Core:
         account = worker.account
         is_room_freed = account.observe(message.load)
         self.pace.heard_step(worker.step_clock, account, len(message.deltas), now_s)
-        legs = self._legs
+        legs = self._attempts.legs
         for delta in message.deltas:
             request = legs.get(delta.handoff_id)
             if request is None or request.decode_worker != worker.worker_id or request.is_prefilled_elsewhere:
@@ -301,21 +298,22 @@ class Core:
                 given, request.given_delta = request.given_delta, None
                 rest = without_repeated(delta, given)
                 if rest is None:
-                    actions += self._attempt_failed(request, _other_first_token(delta, given, worker), now_s)
+                    error = _other_first_token(delta, given, worker)
+                    actions += self._attempt_failed(request, error, worker.worker_id, now_s)
                     is_room_freed = True
                     continue
                 delta = rest
             if request.state is not RequestState.DECODING:
                 self._first_decode_delta(request, delta, now_s)
             num_tokens = len(delta.token_ids)
-            request.num_output_tokens += num_tokens
+            request.output_token_ids.extend(delta.token_ids)
             request.progress_s = now_s
             account.grow(delta.handoff_id, num_tokens)
             if num_tokens or delta.text or delta.finish_reason is not None:
                 actions.append(Deliver(request.sink, delta, request.placement))
             if delta.finish_reason is not None:
                 if delta.num_cached_tokens is not None:
-                    request.hit_tokens = delta.num_cached_tokens
+                    request.found_hits(delta.num_cached_tokens)
                     request.update_placement()
                 actions += self._finish(request, Outcome.COMPLETED, now_s, last=delta)
                 is_room_freed = True
@@ -333,15 +331,18 @@ class Core:
     def leg_failed(self, worker: Worker, message: LegFailed, now_s: float) -> list[Action]:
         if self._join_tests.knows(message.handoff_id, worker):
             return self._join_tests.failed(message, now_s) + self._pump(now_s)
-        request = self._legs.get(message.handoff_id)
+        request = self._attempts.legs.get(message.handoff_id)
         if request is None or worker.worker_id not in (request.prefill_worker, request.decode_worker):
             self._log_dropped("failure", message.handoff_id, worker)
             return []
         phase, report = request.state.value, message.error
+        if report.code == Aborted.code:  # not by us: then this leg would be unknown
+            report = WorkerLost(f"worker {worker.worker_id} gave the request up: {report.message}").report()
         report = msgspec.structs.replace(
             report, phase=report.phase or phase, worker_id=report.worker_id or worker.worker_id
         )
-        return self._attempt_failed(request, error_from_report(report), now_s) + self._pump(now_s)
+        actions = self._attempt_failed(request, error_from_report(report), worker.worker_id, now_s)
+        return actions + self._pump(now_s)
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────
 
@@ -358,16 +359,11 @@ class Core:
                 continue
             is_prefill = request.state is RequestState.PREFILLING
             worker_id = (request.prefill_worker if is_prefill else None) or request.decode_worker
-            error = PhaseTimeout(
-                f"no progress in {request.state.value} for {limit_s:g} s"
-                + (f" on worker {worker_id}" if worker_id else ""),
-                phase=request.state.value,
-                worker_id=worker_id,
-            )
+            error = waited_in_vain(request, limit_s, worker_id)
             if request.state is RequestState.QUEUED:
                 actions += self._finish(request, Outcome.EXPIRED, now_s, error=error)
             else:
-                actions += self._attempt_failed(request, error, now_s)
+                actions += self._attempt_failed(request, error, worker_id, now_s)
         return actions + self._pump(now_s)
 
     def abort_all(self, reason: str, now_s: float) -> list[Action]:
@@ -400,7 +396,7 @@ class Core:
                 if request.is_late(now_s + need_s):
                     actions += self._finish_late(request, now_s, need_s)
                     continue
-            dispatched = self._attempt(request, now_s)
+            dispatched = self._attempts.begin(request, now_s)
             if dispatched is None:
                 break
             line.depart(request, now_s)
@@ -416,83 +412,25 @@ class Core:
         )
         return self._finish(request, Outcome.EXPIRED, now_s, error=error)
 
-    def _attempt(self, request: Request, now_s: float) -> list[Action] | None:
-        """None: no worker has room; nothing changed."""
-        handoff_id = f"h{self._boot_id}-{self._num_handoffs + 1:x}"
-        assignment = self._dispatch.assign(request, handoff_id, now_s)
-        if assignment is None:
-            return None
-        self._num_handoffs += 1
-        self._legs[handoff_id] = request
-        prefill, decode = assignment.prefill, assignment.decode
-        stream = None
-        if prefill is not None and decode is not None and prefill is not decode:
-            stream = self._stream_source(request, prefill.worker_id, decode.worker_id)
-        request.begin_attempt(
-            handoff_id,
-            prefill_worker=None if prefill is None else prefill.worker_id,
-            decode_worker=None if decode is None else decode.worker_id,
-            way=assignment.way,
-            way_reason=assignment.reason,
-            stream=stream,
-        )
-        event(
-            logger, "attempt started", request_id=request.request_id, handoff_id=handoff_id,
-            prefill_worker=request.prefill_worker, decode_worker=request.decode_worker,
-            way=assignment.way.value,
-        )  # fmt: skip
-        if assignment.record is not None:
-            request.records.append(assignment.record)
-        if prefill is None:
-            request.move(RequestState.HANDING_OFF, now_s)
-            return [self._start_decode(request, None, now_s)]
-        request.dispatched_s = now_s
-        request.move(RequestState.PREFILLING, now_s)
-        if prefill is decode:
-            request.prompt_token_ids = request.submission.prompt_token_ids
-            return [self._start_decode(request, None, now_s)]
-        actions: list[Action] = [Send(prefill.worker_id, start_prefill(request, now_s))]
-        if stream is not None:
-            request.prompt_token_ids = request.submission.prompt_token_ids
-            request.kv_source = stream
-            actions.append(self._start_decode(request, stream, now_s))
-        return actions
-
-    def _stream_source(self, request: Request, prefill_id: str, decode_id: str) -> KvSource | None:
-        prefill, decode = self.fleet.get(prefill_id), self.fleet.get(decode_id)
-        if prefill is None or decode is None:
-            return None
-        account = prefill.account
-        if account.num_reserved_blocks > account.capacity.num_blocks:
-            # It might begin prompts in another order than that in which the decode worker promises blocks,
-            # and each would wait for the other: nothing is promised for what may not fit here beside the
-            # others. It is pulled when it is there.
-            return None
-        lease_s = self._settings.prefill_timeout_s + self._settings.handoff_timeout_s
-        return stream_source(request, prefill.registration, decode.registration, lease_s)
-
-    def _start_decode(self, request: Request, kv_source: KvSource | None, now_s: float) -> Send:
-        assert request.decode_worker is not None
-        worker = self.fleet.get(request.decode_worker)
-        sent_s = worker.clock_s(now_s) if worker is not None else None
-        return Send(request.decode_worker, start_decode(request, kv_source, sent_s, now_s))
-
     def _first_decode_delta(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
         if request.state is RequestState.PREFILLING:
             # Computed here; or streamed, and the prefill worker's own word is still on its way.
-            request.prefill_finished_s = now_s
-            request.prompt_logprobs = delta.prompt_logprobs
+            request.prompt_computed(now_s)
+            request.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
             worker = self.fleet.get(request.prefill_worker or request.decode_worker or "")
             if worker is not None:
                 self._dispatch.prompt_computed(worker, request.handoff_id, now_s)
         elif (
             request.kv_source is not None
             and not request.is_streamed
-            and request.prefill_finished_s is not None
+            and request.prompt_computed_s is not None
         ):
-            self.pace.handed_over(request.num_bytes_to_move, now_s - request.prefill_finished_s)
+            self.pace.handed_over(request.num_bytes_to_move, now_s - request.prompt_computed_s)
         request.move(RequestState.DECODING, now_s)
-        request.first_decode_s = now_s
+        if request.first_decode_s is None:
+            request.first_decode_s = now_s
+        if request.kv_source is not None:
+            request.num_bytes_moved += request.kv_source.num_bytes
         event(logger, "decoding", request_id=request.request_id, handoff_id=request.handoff_id,
               decode_worker=request.decode_worker)  # fmt: skip
         if request.prefill_worker is not None:  # the KV has been read: that worker is done with us
@@ -502,46 +440,25 @@ class Core:
 
     # ── endings ──────────────────────────────────────────────────────────────────────────────
 
-    def _attempt_failed(self, request: Request, error: ServingError, now_s: float) -> list[Action]:
-        """Retry, recompute, or give up: explicit, bounded and logged."""
-        is_prefill = request.state is RequestState.PREFILLING
-        can_repeat = is_prefill or (
-            request.state is RequestState.HANDING_OFF
-            and self._settings.transfer_failure_policy == "recompute"
-        )
-        if not (error.retryable and can_repeat and request.num_attempts < self._settings.max_attempts):
+    def _attempt_failed(
+        self, request: Request, error: ServingError, worker_id: str | None, now_s: float
+    ) -> list[Action]:
+        """Another attempt, or the end. `worker_id`: whose failure it is, if that is known."""
+        remedy = remedy_for(request, error, worker_id, self._recovery)
+        if isinstance(remedy, ServingError):
             outcome = Outcome.EXPIRED if isinstance(error, PhaseTimeout) else Outcome.FAILED
-            return self._finish(request, outcome, now_s, error=error)
+            return self._finish(request, outcome, now_s, error=remedy)
         logger.warning(
-            "attempt failed request_id=%s handoff_id=%s state=%s code=%s retry=%s message=%r",
-            request.request_id, request.handoff_id, request.state.value, error.code,
-            "prefill" if is_prefill else "recompute", error.message,
+            "attempt failed request_id=%s handoff_id=%s state=%s code=%s worker_id=%s retry=%s "
+            "num_output_tokens=%d message=%r",
+            request.request_id, request.handoff_id, request.state.value, error.code, worker_id, remedy.value,
+            request.num_output_tokens, error.message,
         )  # fmt: skip
-        actions = self._close_attempt(request)
-        request.kv_source = None
-        if is_prefill:
-            request.prompt_token_ids = None
+        give_back(request, remedy, error, worker_id)
+        actions = self._attempts.close(request)
         request.move(RequestState.QUEUED, now_s)
         self._line.put_first(request)
         return actions
-
-    def _close_attempt(self, request: Request) -> list[Action]:
-        """Take the attempt back from its workers; what they still say about it will be dropped."""
-        actions: list[Action] = []
-        self._legs.pop(request.handoff_id, None)
-        self._dispatch.prompt_given_up(request.handoff_id)
-        for worker_id in {request.prefill_worker, request.decode_worker} - {None}:
-            assert worker_id is not None
-            self._dispatch.release(worker_id, request.handoff_id)
-            if self.fleet.get(worker_id) is not None and self._has_work(request, worker_id):
-                actions.append(Send(worker_id, AbortLeg(handoff_id=request.handoff_id)))
-        request.prefill_worker = request.decode_worker = None
-        return actions
-
-    @staticmethod
-    def _has_work(request: Request, worker_id: str) -> bool:
-        """A decode worker knows nothing of a request that is being prefilled elsewhere."""
-        return worker_id == request.prefill_worker or not request.is_prefilled_elsewhere
 
     def _finish(
         self,
@@ -552,17 +469,8 @@ class Core:
         last: SequenceDelta | None = None,
         error: ServingError | None = None,
     ) -> list[Action]:
-        actions: list[Action] = []
-        if outcome is Outcome.COMPLETED:
-            self._legs.pop(request.handoff_id, None)
-            for worker_id in (request.prefill_worker, request.decode_worker):
-                if worker_id is not None:
-                    self._dispatch.release(worker_id, request.handoff_id)
-            if request.is_streamed and request.decode_worker and request.state is RequestState.PREFILLING:
-                # Over with the prefill worker's token; the decode worker was waiting for its KV.
-                actions.append(Send(request.decode_worker, AbortLeg(handoff_id=request.handoff_id)))
-        else:
-            actions = self._close_attempt(request)
+        is_well = outcome is Outcome.COMPLETED
+        actions = self._attempts.complete(request) if is_well else self._attempts.close(request)
         self._line.leave(request)
         request.move(RequestState.FINISHED, now_s)
         del self._requests[request.request_id]
@@ -574,7 +482,7 @@ class Core:
         return actions
 
     def _leg(self, handoff_id: str, worker: Worker, state: RequestState) -> Request | None:
-        request = self._legs.get(handoff_id)
+        request = self._attempts.legs.get(handoff_id)
         if request is None or request.prefill_worker != worker.worker_id or request.state is not state:
             self._log_dropped("prefill result", handoff_id, worker)
             return None

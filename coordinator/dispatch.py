@@ -100,10 +100,8 @@ class Dispatch:
         self._learn()
         self.prefixes.settle_due(now_s)
         facts = RequestFacts(
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_expected_output_tokens=min(
-                request.submission.sampling.max_tokens, self._expected_output_tokens
-            ),
+            num_prompt_tokens=request.num_context_tokens,
+            num_expected_output_tokens=min(request.num_tokens_left, self._expected_output_tokens),
         )
         hits = self._hits(request)
         chosen = self._chooser.choose(
@@ -111,7 +109,7 @@ class Dispatch:
             hits,
             now_s,
             needs_decode=request.needs_decode,
-            is_computed=request.prompt_token_ids is not None,
+            is_computed=request.is_recomputed,
         )
         if chosen is None:
             return None
@@ -132,8 +130,9 @@ class Dispatch:
         computing = chosen.computing
         committed = commit(chosen, handoff_id, facts, hits)
         if computing is not None:
-            is_known = hits is not None and self.prefixes.is_told_by(computing.worker_id)
-            request.predicted_hit_tokens = committed.num_hit_tokens if is_known else None
+            if not request.num_output_tokens:
+                is_known = hits is not None and self.prefixes.is_told_by(computing.worker_id)
+                request.predicted_hit_tokens = committed.num_hit_tokens if is_known else None
             request.is_alone = committed.is_alone
         request.num_bytes_to_move = committed.num_bytes_to_move
 
@@ -169,12 +168,12 @@ class Dispatch:
 
     def _hits(self, request: Request) -> KnownHits | None:
         # The engine computes a prompt whole whose logprobs are wanted.
-        if request.prompt_token_ids is not None or request.submission.sampling.prompt_logprobs is not None:
+        if request.is_recomputed or request.wants_prompt_logprobs:
             return None
         if request.hits is not None and self._router.is_current(request.hits):
             request.hits = self._router.refreshed(request.hits)
         else:
-            request.hits = self._router.known_hits(request.submission.prompt_token_ids)
+            request.hits = self._router.known_hits(request.context())
         return request.hits
 
     def least_service_s(self, request: Request) -> float:

@@ -106,9 +106,7 @@ class _Trial:
     @staticmethod
     def _request(request_id: str, prompt: bytes, sampling: SamplingSpec, now_s: float) -> Request:
         submission = Submission(request_id=request_id, prompt_token_ids=prompt, sampling=sampling)
-        request = Request(submission, _NoSink(), now_s)
-        request.prompt_token_ids = prompt
-        return request
+        return Request(submission, _NoSink(), now_s)
 
     @property
     def on_trial(self) -> list[Worker]:
@@ -118,10 +116,10 @@ class _Trial:
         request, (source, destination) = self.request, (self.prefill, self.decode)
         stream = stream_source(request, source.registration, destination.registration, TIMEOUT_S)
         request.begin_attempt(
-            request.request_id, prefill_worker=source.worker_id, decode_worker=destination.worker_id,
+            request.request_id, now_s,
+            prefill_worker=source.worker_id, decode_worker=destination.worker_id,
             way=Way.DISAGGREGATED, way_reason="join test", stream=stream,
         )  # fmt: skip
-        request.dispatched_s = now_s
         actions: list[Action] = [Send(source.worker_id, start_prefill(request, now_s))]
         if stream is not None:
             order = start_decode(request, stream, destination.clock_s(now_s), now_s)
@@ -133,11 +131,9 @@ class _Trial:
         self.prefill_token = delta.token_ids[0] if delta.token_ids else None
         if request.is_streamed:
             return []
-        assert request.prompt_token_ids is not None
-        if request.first_token_by is WorkerRole.PREFILL:
+        if request.next_token_by is WorkerRole.PREFILL:
             self.handed_over += delta.logprobs or []
-            request.prompt_token_ids += pack_token_ids(delta.token_ids)
-            request.num_output_tokens += len(delta.token_ids)
+            request.output_token_ids.extend(delta.token_ids)
         source = with_lease_left(request, message, now_s)
         order = start_decode(request, source, self.decode.clock_s(now_s), now_s)
         return [Send(self.decode.worker_id, order)]

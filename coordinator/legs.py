@@ -15,43 +15,37 @@ MIN_DEADLINE_S = 1e-3
 
 
 def start_prefill(request: Request, now_s: float) -> StartPrefill:
-    is_token_wanted = request.first_token_by is WorkerRole.PREFILL
+    is_token_wanted = request.next_token_by is WorkerRole.PREFILL
     return StartPrefill(
         handoff_id=request.handoff_id,
         request_id=request.request_id,
-        prompt_token_ids=request.submission.prompt_token_ids,
-        sampling=prefill_spec(_with_deadline_left(request, now_s), is_token_wanted=is_token_wanted),
+        prompt_token_ids=request.context(),
+        sampling=prefill_spec(_sampling_left(request, now_s), is_token_wanted=is_token_wanted),
         keep_kv=request.needs_decode,
+        num_given_tokens=request.num_given_tokens,
     )
 
 
 def start_decode(
     request: Request, kv_source: KvSource | None, sent_s: float | None, now_s: float
 ) -> StartDecode:
-    """`sent_s` is on the worker's clock. The client's limits are reduced by what it has already."""
-    assert request.prompt_token_ids is not None
-    sampling, num_given = _with_deadline_left(request, now_s), request.num_output_tokens
-    if num_given:
-        sampling = msgspec.structs.replace(
-            sampling,
-            max_tokens=sampling.max_tokens - num_given,
-            min_tokens=max(0, sampling.min_tokens - num_given),
-        )
-    if request.prompt_logprobs is not None:  # the prefill worker has given them
-        sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+    """`sent_s` is on the worker's clock."""
     return StartDecode(
         handoff_id=request.handoff_id,
         request_id=request.request_id,
-        prompt_token_ids=request.prompt_token_ids,
-        sampling=sampling,
+        prompt_token_ids=request.context(),
+        sampling=_sampling_left(request, now_s),
         kv_source=kv_source,
+        # What a prefill worker of this attempt gave is whole characters, and no stop string is looked for.
+        num_given_tokens=request.num_output_tokens if request.is_resumed else 0,
         sent_s=sent_s,
     )
 
 
-def _with_deadline_left(request: Request, now_s: float) -> SamplingSpec:
-    """Workers count from when they are told; what passed before is taken off."""
-    sampling = request.submission.sampling
+def _sampling_left(request: Request, now_s: float) -> SamplingSpec:
+    """The client's limits less what it has. Workers count a deadline from when they are told; what passed
+    before is taken off."""
+    sampling = request.sampling_left()
     if sampling.service is None or request.deadline_s is None:
         return sampling
     left_s = max(MIN_DEADLINE_S, request.deadline_s - now_s)
@@ -70,20 +64,20 @@ def stream_source(
         return None
     if source.pipeline_parallel_size != destination.pipeline_parallel_size:
         return None
-    if request.submission.sampling.prompt_logprobs is not None:
+    if request.wants_prompt_logprobs:
         return None
-    if request.num_prompt_tokens + 1 >= source.capacity.max_model_len:
+    if request.num_context_tokens + 1 >= source.capacity.max_model_len:
         return None
-    num_blocks = -(-request.num_prompt_tokens // source.layout.block_size_tokens)
+    num_blocks = -(-request.num_context_tokens // source.layout.block_size_tokens)
     return KvSource(
         lease_s=lease_s,
-        num_tokens=request.num_prompt_tokens,
+        num_tokens=request.num_context_tokens,
         num_bytes=num_blocks * source.capacity.kv_bytes_per_block,
         transfer_params=source.stream_params,
         is_streamed=True,
         has_first_token=source.streams_first_token
         and destination.streams_first_token
-        and reason_for_decode(request.submission.sampling, is_streamed=True) is None,
+        and reason_for_decode(request.sampling_left(), is_streamed=True) is None,
     )
 
 
@@ -91,7 +85,7 @@ def with_lease_left(request: Request, message: PrefillFinished, now_s: float) ->
     """The source with the part of its lease that is certainly left: all time since dispatch that the
     worker's engine does not account for may have passed after the lease began, in a queue."""
     source = message.kv_source
-    if source is None or request.dispatched_s is None:
+    if source is None or request.started_s is None:
         return source
-    lost_s = now_s - request.dispatched_s - message.queue_s - message.prefill_s
+    lost_s = now_s - request.started_s - message.queue_s - message.prefill_s
     return msgspec.structs.replace(source, lease_s=max(0.0, source.lease_s - max(0.0, lost_s)))

@@ -99,6 +99,7 @@ class Metrics(Collector):
         self._num_output_tokens = 0
         self._kv_bytes = 0
         self._num_retries = 0
+        self._num_resumes = 0
         self._queue = Histogram(TTFT_BUCKETS_S)
         self._prefill = Histogram(TTFT_BUCKETS_S)
         self._handoff = Histogram(TTFT_BUCKETS_S)
@@ -122,6 +123,7 @@ class Metrics(Collector):
         self._kv_bytes += report.kv_bytes
         placement = report.placement
         self._num_retries += placement.num_attempts - 1
+        self._num_resumes += report.num_resumes
         if placement.way is not None:
             self._ways.add(placement.way.value, placement.way_reason or "")
         predicted, found = placement.predicted_hit_tokens, placement.hit_tokens
@@ -199,6 +201,7 @@ class Metrics(Collector):
             ("baton_output_tokens", "Tokens generated.", self._num_output_tokens),
             ("baton_kv_bytes", "KV bytes handed from prefill to decode workers.", self._kv_bytes),
             ("baton_retries", "Attempts beyond the first.", self._num_retries),
+            ("baton_resumes", "Of those, went on from tokens the client had.", self._num_resumes),
         )
 
     def _histograms(self) -> Iterable[tuple[str, str, Histogram]]:

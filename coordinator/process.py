@@ -181,6 +181,7 @@ def _core_settings(settings: CoordinatorSettings) -> CoreSettings:
     return CoreSettings(
         max_queued=settings.max_queued,
         max_attempts=settings.max_attempts,
+        decode_loss_policy=settings.decode_loss_policy,
         transfer_failure_policy=settings.transfer_failure_policy,
         queue_timeout_s=settings.queue_timeout_s,
         prefill_timeout_s=settings.prefill_timeout_s,

@@ -1,8 +1,12 @@
-"""One request in the coordinator: its state, its current attempt, and when each phase began."""
+"""One request in the coordinator: its state, the tokens its client has, its current attempt, and when
+each phase began."""
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
+
+import msgspec
 
 from baton.contract.errors import ServingError
 from baton.contract.lifecycle import Outcome, RequestState, Way, WorkerRole, check_move
@@ -14,7 +18,8 @@ from baton.contract.messages import (
     SequenceDelta,
     TokenLogprobs,
 )
-from baton.contract.tokens import num_token_ids
+from baton.contract.sampling import SamplingSpec
+from baton.contract.tokens import num_token_ids, pack_token_ids
 from baton.policy.router import KnownHits
 from coordinator.first_token import reason_for_decode
 from coordinator.intake import ResultSink, Submission
@@ -25,12 +30,13 @@ class Request:
 
     __slots__ = (
         "deadline_s", "decode_worker", "dispatched_s", "entered_s", "first_decode_s", "first_token_by",
-        "first_token_reason", "given_delta", "handoff_id", "hit_tokens", "hits", "is_alone", "is_streamed",
-        "kv_source",
-        "last_decode_worker", "last_prefill_worker", "num_attempts", "num_bytes_to_move",
-        "num_output_tokens", "num_prompt_tokens", "placement", "predicted_hit_tokens", "prefill_finished_s",
-        "prefill_worker", "progress_s", "prompt_logprobs", "prompt_token_ids", "records", "sink", "state",
-        "submission", "submitted_s", "way", "way_reason",
+        "first_token_reason", "given_delta", "handoff_id", "hit_tokens", "hits", "is_alone",
+        "is_recomputed", "is_streamed", "kv_source", "last_decode_worker", "last_error",
+        "last_prefill_worker", "next_token_by", "num_attempts", "num_bytes_moved", "num_bytes_to_move",
+        "num_fruitless_attempts", "num_given_tokens", "num_prompt_tokens", "num_resumes",
+        "output_token_ids", "placement", "predicted_hit_tokens", "prefill_finished_s", "prefill_worker",
+        "progress_s", "prompt_computed_s", "prompt_logprobs", "records", "sink", "started_s", "state",
+        "submission", "submitted_s", "unwanted_workers", "way", "way_reason",
     )  # fmt: skip
 
     def __init__(self, submission: Submission, sink: ResultSink, now_s: float) -> None:
@@ -38,36 +44,55 @@ class Request:
         self.sink = sink
         self.state = RequestState.QUEUED
         self.num_prompt_tokens = num_token_ids(submission.prompt_token_ids)
-        self.num_output_tokens = 0
+        self.output_token_ids = array("I")
+        """All that the client was given, four bytes each: what another attempt goes on from."""
         self.num_attempts = 0
+        self.num_fruitless_attempts = 0
+        """The latest ones in a row, the current one among them; see `recovery`."""
+        self.num_resumes = 0
+        self.last_error: ServingError | None = None
+        """What ended the attempt before this one."""
+        self.unwanted_workers: set[str] = set()
+        """Present ones that let an attempt of this request down: only if nobody else has room."""
+        self.is_recomputed = False
+        """The next attempt computes the prompt where it decodes: its KV did not arrive."""
+
+        # The current attempt.
         self.handoff_id = ""
-        """Names the current attempt; empty before the first."""
+        """Empty before the first."""
         self.prefill_worker: str | None = None
-        """Worker of this attempt that still has something of ours; None: nobody, or let go."""
+        """That still has something of ours; None: nobody, or let go."""
         self.decode_worker: str | None = None
+        self.num_given_tokens = 0
+        """Output of earlier attempts: to this one's engines the end of the prompt."""
+        self.next_token_by = WorkerRole.PREFILL
+        """Who samples this attempt's first token."""
+        self.kv_source: KvSource | None = None
+        self.is_alone = False
+        """No other prompt was waiting at the worker that computes this one."""
+        self.is_streamed = False
+        """The decode worker was told when the prefill began; KV moves meanwhile."""
+        self.given_delta: SequenceDelta | None = None
+        """The client has this first token of the prefill worker, and the decode worker will tell it again."""
+        self.num_bytes_to_move = 0
+        """KV that the decode worker did not hold when it was chosen."""
+        self.started_s: float | None = None
+        """None: no prefill belongs to it."""
+        self.prompt_computed_s: float | None = None
+
+        # What the client is told. An attempt that goes on from tokens adds to it and changes none of it.
         self.last_prefill_worker: str | None = None
         self.last_decode_worker: str | None = None
-        self.kv_source: KvSource | None = None
-        self.prompt_token_ids: bytes | None = None
-        """What the decode worker continues from; set once the prompt has been computed."""
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.first_token_by = WorkerRole.PREFILL
         self.first_token_reason = ""
         self.hits: KnownHits | None = None
         """Who holds how much of the prompt, when last asked; kept for its hashes."""
         self.predicted_hit_tokens: int | None = None
-        """Of the worker that computes the prompt, in the last attempt; None: nothing was known."""
+        """Of the worker that computes the prompt; None: nothing was known."""
         self.hit_tokens: int | None = None
         """What that worker's engine found; None: it did not say, or not yet."""
-        self.is_alone = False
-        """No other prompt was waiting at the worker that computes this one."""
-        self.is_streamed = False
-        """In this attempt the decode worker was told when the prefill began; KV moves meanwhile."""
-        self.given_delta: SequenceDelta | None = None
-        """In this attempt the client has this first token of the prefill worker, and the decode worker will
-        tell it again."""
-        self.num_bytes_to_move = 0
-        """KV that the decode worker did not hold when it was chosen."""
+        self.num_bytes_moved = 0
         self.way: Way | None = None
         self.way_reason: str | None = None
         self.records: list[dict[str, Any]] = []
@@ -87,8 +112,16 @@ class Request:
         return self.submission.request_id
 
     @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens_left(self) -> int:
+        return self.submission.sampling.max_tokens - len(self.output_token_ids)
+
+    @property
     def needs_decode(self) -> bool:
-        return self.submission.sampling.max_tokens > 1
+        return self.num_tokens_left > 1
 
     def is_late(self, now_s: float) -> bool:
         """It waits for a worker, and nothing of it has been sent that could still be of use."""
@@ -98,6 +131,44 @@ class Request:
             and self.state is RequestState.QUEUED
             and not self.num_output_tokens
         )
+
+    @property
+    def is_resumed(self) -> bool:
+        """This attempt goes on from tokens that the client had before it."""
+        return self.num_given_tokens > 0
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Prompt, and what the client was given since."""
+        return self.num_prompt_tokens + len(self.output_token_ids)
+
+    @property
+    def num_leg_tokens(self) -> int:
+        """Of the prompt as this attempt began with it."""
+        return self.num_prompt_tokens + self.num_given_tokens
+
+    def context(self) -> bytes:
+        """Packed ids of prompt and output: what the next token follows from."""
+        prompt = self.submission.prompt_token_ids
+        return prompt + pack_token_ids(self.output_token_ids) if self.output_token_ids else prompt
+
+    def sampling_left(self) -> SamplingSpec:
+        """The client's wishes, less what it was given."""
+        sampling, num_output = self.submission.sampling, len(self.output_token_ids)
+        if num_output:
+            sampling = msgspec.structs.replace(
+                sampling,
+                max_tokens=sampling.max_tokens - num_output,
+                min_tokens=max(0, sampling.min_tokens - num_output),
+            )
+        if self.prompt_logprobs is not None and sampling.prompt_logprobs is not None:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
+        return sampling
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """And has not got them: an engine then computes the prompt whole."""
+        return self.submission.sampling.prompt_logprobs is not None and self.prompt_logprobs is None
 
     @property
     def is_prefilled_elsewhere(self) -> bool:
@@ -115,6 +186,7 @@ class Request:
     def begin_attempt(
         self,
         handoff_id: str,
+        now_s: float,
         *,
         prefill_worker: str | None,
         decode_worker: str | None,
@@ -125,30 +197,54 @@ class Request:
         """A worker that is None has no part in this attempt; the same one twice serves both phases."""
         is_on_one_worker = prefill_worker == decode_worker
         self.num_attempts += 1
+        self.num_fruitless_attempts += 1
+        self.num_given_tokens = len(self.output_token_ids)
+        if self.is_resumed:
+            self.num_resumes += 1
         self.is_streamed = stream is not None
         self.given_delta = None
         self.handoff_id = handoff_id
         self.way, self.way_reason = way, way_reason
+        self.kv_source = None
         self.prefill_worker = None if is_on_one_worker else prefill_worker
         self.decode_worker = decode_worker
         self.last_prefill_worker = prefill_worker or self.last_prefill_worker
         self.last_decode_worker = decode_worker or self.last_decode_worker
+        self.prompt_computed_s = None
+        self.started_s = None if prefill_worker is None else now_s
         if prefill_worker is not None:
+            if not self.is_resumed:
+                self.dispatched_s, self.prefill_finished_s = now_s, None
             self._choose_first_token(is_on_one_worker=is_on_one_worker, stream=stream)
         self.update_placement()
 
     def _choose_first_token(self, *, is_on_one_worker: bool, stream: KvSource | None) -> None:
         reason = "one worker for both phases" if is_on_one_worker else None
-        reason = reason or reason_for_decode(self.submission.sampling, is_streamed=stream is not None)
+        reason = reason or reason_for_decode(self.sampling_left(), is_streamed=stream is not None)
         if reason is None and stream is not None and not stream.has_first_token:
             reason = "streamed"  # its prompt left before there was a token to append
-        self.first_token_by = WorkerRole.PREFILL if reason is None else WorkerRole.DECODE
-        self.first_token_reason = reason or "ready when prefill ends"
+        by = WorkerRole.PREFILL if reason is None else WorkerRole.DECODE
+        self.choose_next_token(by, reason or "ready when prefill ends")
+
+    def choose_next_token(self, by: WorkerRole, reason: str) -> None:
+        self.next_token_by = by
+        if not self.is_resumed:
+            self.first_token_by, self.first_token_reason = by, reason
+
+    def prompt_computed(self, now_s: float) -> None:
+        self.prompt_computed_s = now_s
+        if not self.is_resumed:
+            self.prefill_finished_s = now_s
+
+    def found_hits(self, num_hit_tokens: int | None) -> None:
+        """The engine's word. Of a prompt with output in it, it would not be about the client's prompt."""
+        if not self.is_resumed:
+            self.hit_tokens = num_hit_tokens
 
     def update_placement(self) -> None:
         self.placement = Placement(
             prefill_worker=self.last_prefill_worker,
-            decode_worker=self.last_decode_worker if self.needs_decode else None,
+            decode_worker=self.last_decode_worker,
             way=self.way,
             way_reason=self.way_reason,
             first_token_by=self.first_token_by,
@@ -159,7 +255,8 @@ class Request:
         )
 
     def phases(self, now_s: float) -> PhaseTimes:
-        """Consecutive spans of the last attempt, so that they add up to now - submitted."""
+        """Consecutive spans, so that they add up to now - submitted: of the attempt that gave the first
+        token, and everything after that token is decode."""
         marks = [self.dispatched_s, self.prefill_finished_s, self.first_decode_s]
         spans = []
         start_s = self.submitted_s
@@ -178,7 +275,6 @@ def final_report(
     last: SequenceDelta | None,
     error: ServingError | None,
 ) -> RequestReport:
-    was_moved = request.first_decode_s is not None and request.kv_source is not None
     return RequestReport(
         outcome=outcome,
         error=error.report() if error is not None else None,
@@ -187,7 +283,8 @@ def final_report(
         num_prompt_tokens=request.num_prompt_tokens,
         num_output_tokens=request.num_output_tokens,
         num_cached_tokens=request.hit_tokens or 0,
-        kv_bytes=request.kv_source.num_bytes if was_moved and request.kv_source else 0,
+        num_resumes=request.num_resumes,
+        kv_bytes=request.num_bytes_moved,
         placement=request.placement,
         phases=request.phases(now_s),
         prompt_logprobs=request.prompt_logprobs,

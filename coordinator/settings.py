@@ -70,7 +70,13 @@ class CoordinatorSettings:
         metavar="FILE",
     )
     max_queued: int = option(4096, "requests waiting for a worker; beyond it clients hear 429")
-    max_attempts: int = option(3, "how often one request is tried on the fleet")
+    max_attempts: int = option(
+        3, "how often one request is tried in a row without getting on (16 tokens are getting on)"
+    )
+    decode_loss_policy: Literal["resume", "fail"] = option(
+        "resume",
+        "what happens when a decode worker is lost: go on elsewhere from the tokens given, or an error",
+    )
     transfer_failure_policy: Literal["recompute", "fail"] = option(
         "recompute",
         "what happens when KV does not arrive: compute the prompt on the decode worker, or an error",

@@ -19,6 +19,7 @@
         RegistrationRefused    the worker may not join this fleet
         WorkerIdTaken          another live worker has this id; try again once it is gone
         WorkerLost             a worker died or stopped answering
+        CannotResume           so did this one, and its request cannot go on elsewhere
         TransferFailed         KV did not arrive, or arrived too late to be trusted
         EngineFailed           the engine reported an error for this request
         PhaseTimeout           a phase made no progress before its deadline
@@ -170,6 +171,10 @@ class WorkerIdTaken(PeerError):
 
 class WorkerLost(PeerError):
     code = "worker_lost"
+
+
+class CannotResume(PeerError):
+    code = "cannot_resume"
 
 
 class TransferFailed(PeerError):

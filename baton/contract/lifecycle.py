@@ -4,8 +4,8 @@
       │            │               │              │            ^
       └────────────┴───────────────┴──────────────┴────────────┘   (abort, error, or done early)
 
-A failed attempt goes back to QUEUED with a new `handoff_id`; messages of the old attempt are
-recognised by it and dropped. FINISHED is left by nobody.
+A failed attempt goes back to QUEUED from any of the three states in the middle, and the next one has a
+new `handoff_id`; messages of the old attempt are recognised by it and dropped. FINISHED is left by nobody.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ LEGAL_MOVES: dict[RequestState, frozenset[RequestState]] = {
         {RequestState.HANDING_OFF, RequestState.DECODING, RequestState.QUEUED, RequestState.FINISHED}
     ),
     RequestState.HANDING_OFF: frozenset({RequestState.DECODING, RequestState.QUEUED, RequestState.FINISHED}),
-    RequestState.DECODING: frozenset({RequestState.FINISHED}),
+    # Back to QUEUED: the decode worker is lost, the answer goes on from the tokens the client has.
+    RequestState.DECODING: frozenset({RequestState.QUEUED, RequestState.FINISHED}),
     RequestState.FINISHED: frozenset(),
 }
 

@@ -275,6 +275,9 @@ class StartPrefill(Message, frozen=True, kw_only=True):
     """The client's spec; the worker itself stops after the first token."""
     keep_kv: bool
     """False: this is the whole answer (max_tokens = 1), nothing will fetch the KV."""
+    num_given_tokens: int = 0
+    """So many tokens at the prompt's end are output that the client has from an earlier attempt. The model
+    need not know; text and stop strings go on as if they had been generated here."""
 
 
 class StartDecode(Message, frozen=True, kw_only=True):
@@ -286,6 +289,8 @@ class StartDecode(Message, frozen=True, kw_only=True):
     """Already reduced by the tokens the client has (max_tokens, min_tokens)."""
     kv_source: KvSource | None
     """None: compute the prompt here (recompute policy, or nothing to fetch)."""
+    num_given_tokens: int = 0
+    """As in `StartPrefill`."""
     sent_s: float | None = None
     """A time on the *worker's* clock at or before which this was not yet sent: its latest heartbeat's,
     plus the time since that arrived. How long this message lay somewhere is then known, whatever the
@@ -375,8 +380,10 @@ class RequestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     """Prompt tokens the prefill worker had in its prefix cache."""
+    num_resumes: int = 0
+    """Attempts that went on from tokens the client had of an earlier one."""
     kv_bytes: int = 0
-    """Bytes of KV handed from prefill to decode worker."""
+    """Bytes of KV handed from prefill to decode worker, over all attempts."""
     placement: Placement = Placement()
     phases: PhaseTimes = PhaseTimes()
     prompt_logprobs: list[TokenLogprobs | None] | None = None

@@ -205,6 +205,7 @@ class SimulatedEngine:
             message.sampling,
             max_model_len=self.settings.max_model_len,
             mean_output_tokens=self.settings.mean_output_tokens,
+            num_given_tokens=message.num_given_tokens,
         )
 
     def _hashes(self, leg: _Leg) -> list[int]:

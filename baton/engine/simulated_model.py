@@ -17,7 +17,7 @@ from zlib import crc32
 
 from baton.contract.messages import SequenceDelta, TokenLogprobs, TopLogprob
 from baton.contract.sampling import SamplingSpec
-from baton.contract.tokens import TOKEN_BYTES, num_token_ids
+from baton.contract.tokens import TOKEN_BYTES, num_token_ids, unpack_token_ids
 
 EOS_TOKEN_ID = 0
 VOCABULARY = tuple(ord(character) for character in "abcdefghijklmnopqrstuvwxyz ")
@@ -91,7 +91,9 @@ class SimulatedSequence:
         *,
         max_model_len: int,
         mean_output_tokens: int | None,
+        num_given_tokens: int = 0,
     ) -> None:
+        """`num_given_tokens`: as in `StartDecode`."""
         self.handoff_id = handoff_id
         self.packed_prompt = packed_prompt
         self.num_prompt_tokens = num_token_ids(packed_prompt)
@@ -105,11 +107,19 @@ class SimulatedSequence:
         # As vLLM: text that may turn out to be the start of a stop string is not given out yet,
         # unless the stop string is wanted in the output.
         self._num_tail_characters = max(0, max(map(len, sampling.stop), default=0) - 1)
-        self._tail = ""
+        self._tail = self._tail_of(num_given_tokens)
         self._is_plain = not (sampling.stop or self._stop_tokens or self._mean_output_tokens) and (
             sampling.logprobs is None
         )
         self._kv: int | None = None
+
+    def _tail_of(self, num_given_tokens: int) -> str:
+        """What of output that another worker generated may be the beginning of a stop string."""
+        num_tokens = min(num_given_tokens, self._num_tail_characters)
+        if not num_tokens:
+            return ""
+        given = unpack_token_ids(self.packed_prompt[-num_tokens * TOKEN_BYTES :])
+        return "".join(map(token_text, given))[-self._num_tail_characters :]
 
     @property
     def num_tokens(self) -> int:

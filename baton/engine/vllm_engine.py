@@ -49,6 +49,7 @@ from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import num_token_ids, unpack_token_ids
 from baton.engine.base import EngineDescription, EngineListener, FinishedPrefill
 from baton.engine.vllm_drift import installed_drift
+from baton.engine.vllm_given_tokens import read_again
 from baton.engine.vllm_kv_events import VllmKvEvents
 from baton.engine.vllm_params import decode_params, output_logprobs, prefill_params, prompt_logprobs
 from baton.engine.vllm_settings import (
@@ -230,6 +231,7 @@ class VllmEngine:
             message.handoff_id,
             message.prompt_token_ids,
             message.sampling,
+            num_given_tokens=message.num_given_tokens,
             is_prefill=True,
             transfer_params=hold if message.keep_kv else None,
         )
@@ -258,6 +260,7 @@ class VllmEngine:
             message.handoff_id,
             message.prompt_token_ids,
             message.sampling,
+            num_given_tokens=message.num_given_tokens,
             is_prefill=False,
             transfer_params=transfer_params,
         )
@@ -270,6 +273,7 @@ class VllmEngine:
         *,
         is_prefill: bool,
         transfer_params: dict[str, Any] | None,
+        num_given_tokens: int = 0,
     ) -> None:
         if handoff_id in self._legs:
             logger.error("leg refused, id in use handoff_id=%s", handoff_id)
@@ -300,6 +304,8 @@ class VllmEngine:
             self._llm.input_processor.assign_request_id(request)
             leg.vllm_id = request.request_id
             self._llm.output_processor.add_request(request, None, None, 0, leg)
+            if num_given_tokens:
+                read_again(self._llm.output_processor, request, num_given_tokens)
             self._send(self._llm.engine_core.add_request_async(request))
         except (ServingError, VLLMClientError, ValueError, TypeError) as error:
             # Told from the loop: a listener is never called from inside a command.

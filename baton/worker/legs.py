@@ -129,6 +129,10 @@ class LegTable:
             return InvalidRequest(
                 f"max_tokens is {message.sampling.max_tokens}, expected at least 1", param="max_tokens"
             )
+        if not 0 <= message.num_given_tokens < num_tokens:
+            return InvalidRequest(
+                f"num_given_tokens is {message.num_given_tokens}, of a prompt of {num_tokens} tokens"
+            )
         if isinstance(message, StartDecode) and message.kv_source is not None:
             num_held = message.kv_source.num_tokens
             if not 0 < num_held <= num_tokens:

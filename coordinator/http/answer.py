@@ -263,6 +263,7 @@ def _phase_fields(reports: Seq[RequestReport]) -> list[tuple[str, str]]:
         ("handoff-ms", f"{phases.handoff_s * 1e3:.1f}"),
         ("decode-ms", f"{phases.decode_s * 1e3:.1f}"),
         ("attempts", str(max(r.placement.num_attempts for r in reports))),
+        ("resumes", str(sum(r.num_resumes for r in reports))),
         ("kv-bytes", str(sum(r.kv_bytes for r in reports))),
     ]
 
@@ -275,10 +276,11 @@ def ending_headers(reports: Seq[RequestReport]) -> bytes:
     phases = one.phases
     return (
         b"x-baton-queue-ms: %.1f\r\nx-baton-prefill-ms: %.1f\r\nx-baton-handoff-ms: %.1f\r\n"
-        b"x-baton-decode-ms: %.1f\r\nx-baton-attempts: %d\r\nx-baton-kv-bytes: %d\r\n"
+        b"x-baton-decode-ms: %.1f\r\nx-baton-attempts: %d\r\nx-baton-resumes: %d\r\n"
+        b"x-baton-kv-bytes: %d\r\n"
     ) % (
         phases.queue_s * 1e3, phases.prefill_s * 1e3, phases.handoff_s * 1e3, phases.decode_s * 1e3,
-        one.placement.num_attempts, one.kv_bytes,
+        one.placement.num_attempts, one.num_resumes, one.kv_bytes,
     )  # fmt: skip
 
 
@@ -295,12 +297,13 @@ def ending_document(reports: Seq[RequestReport]) -> bytes:
     found = [p.hit_tokens for p in placements if p.hit_tokens is not None]
     return (
         b'{%b"hit_tokens_predicted":%b,"hit_tokens":%b,"queue_ms":%.1f,"prefill_ms":%.1f,'
-        b'"handoff_ms":%.1f,"decode_ms":%.1f,"attempts":%d,"kv_bytes":%d}'
+        b'"handoff_ms":%.1f,"decode_ms":%.1f,"attempts":%d,"resumes":%d,"kv_bytes":%d}'
     ) % (
         _served_document(tuple(map(_served, placements))),
         b"%d" % sum(predicted) if predicted else b"null", b"%d" % sum(found) if found else b"null",
         phases.queue_s * 1e3, phases.prefill_s * 1e3, phases.handoff_s * 1e3, phases.decode_s * 1e3,
-        max([p.num_attempts for p in placements]), sum([report.kv_bytes for report in reports]),
+        max([p.num_attempts for p in placements]), sum([report.num_resumes for report in reports]),
+        sum([report.kv_bytes for report in reports]),
     )  # fmt: skip
 
 

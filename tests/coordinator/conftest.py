@@ -89,6 +89,7 @@ class Bench:
         self.now_s = 0.0
         self.sent: list[tuple[str, Message]] = []
         self.sinks: dict[str, RecordingSink] = {}
+        self.prompts: dict[str, bytes] = {}
 
     def add(self, worker_id: str, role: WorkerRole, **changes: Any) -> None:
         message = registration(worker_id, role, **changes)
@@ -121,6 +122,7 @@ class Bench:
         )
         self.perform(self.core.submit(submission, sink, self.now_s))
         self.sinks[request_id] = sink
+        self.prompts[request_id] = submission.prompt_token_ids
         return sink
 
     def take(self, kind: type[Message]) -> list[tuple[str, Any]]:
@@ -199,7 +201,7 @@ class Bench:
             assert (account.num_legs, account.num_queued_tokens, account.num_reserved_blocks) == (0, 0, 0)
             assert account.num_kv_tokens == 0
         assert self.core.num_requests == 0
-        assert not self.core._legs
+        assert not self.core._attempts.legs
 
 
 @pytest.fixture

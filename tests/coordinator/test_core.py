@@ -298,7 +298,11 @@ def test_a_request_the_engine_refuses_is_not_tried_again(bench):
     assert sink.reports[0].error.code == "invalid_request"
 
 
-def test_lost_decode_worker_ends_the_stream_with_its_name(bench):
+def test_with_policy_fail_a_lost_decode_worker_ends_the_stream_with_its_name(make_bench):
+    bench = make_bench(decode_loss_policy="fail")
+    bench.add("p0", P)
+    bench.add("d0", D)
+    bench.add("d1", D, max_batch_size=1, num_blocks=1)
     sink, handoff_id = bench.prefilled("r")
     bench.step("d0", handoff_id, 1)
     bench.perform(bench.core.worker_lost("d0", "killed", 0.0))

@@ -1,21 +1,35 @@
-"""Random schedules: whatever happens, each request ends once and the ledger returns to zero. With workers
-that publish KV events over a wire that loses, doubles and delays them, and engines whose hits are not
-what was predicted."""
+"""Random schedules: whatever happens, each request ends once, its client has every token of an unbroken run
+exactly once, and the ledger returns to zero. With workers that publish KV events over a wire that loses,
+doubles and delays them, and engines whose hits are not what was predicted."""
 
 from __future__ import annotations
 
 import random
+from zlib import crc32
 
 import pytest
 
 from baton.contract.errors import ServingError
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import AskKvReplay, KvEvents, StartDecode, StartPrefill, WorkerLoad
-from baton.contract.tokens import unpack_token_ids
+from baton.contract.tokens import pack_token_ids, unpack_token_ids
 from baton.worker.kv_journal import KvJournal
 from tests.policy.engine_model import EngineModel
 
 P, D = WorkerRole.PREFILL, WorkerRole.DECODE
+
+
+def next_token(packed: bytes) -> int:
+    """Of an engine that was given all of this: from everything before it, so that a lost or repeated token
+    shows in all that follow."""
+    return crc32(packed) % 1000
+
+
+def unbroken(packed: bytes, num_tokens: int) -> list[int]:
+    tokens: list[int] = []
+    for _ in range(num_tokens):
+        tokens.append(next_token(packed + pack_token_ids(tokens)))
+    return tokens
 
 
 class Publisher:
@@ -50,13 +64,14 @@ class Publisher:
         return self.wire.pop(self.rng.choice([0, 0, 0, -1])) if self.wire else None
 
 
-def _events(bench, rng, live, names, publishers):
-    """One random thing that can happen, repeated and late messages included."""
+def _events(bench, rng, live, names, publishers, generated):
+    """One random thing that can happen, repeated and late messages included. `generated` is what each
+    engine has added to each leg."""
     choice = rng.random()
     if choice < 0.3:
         try:
-            bench.submit(next(names), num_prompt_tokens=rng.randint(1, 60), max_tokens=rng.randint(1, 6),
-                         seed=rng.choice([None, 1]))  # fmt: skip
+            bench.submit(next(names), num_prompt_tokens=rng.randint(1, 60), max_tokens=rng.randint(1, 40),
+                         seed=rng.choice([None, None, 1]))  # fmt: skip
         except ServingError:
             pass
     elif choice < 0.7 and live:
@@ -65,17 +80,17 @@ def _events(bench, rng, live, names, publishers):
             live.remove((worker, message))
         elif isinstance(message, StartPrefill):
             num_cached = publishers[worker].compute(message.prompt_token_ids) if worker in publishers else 4
-            bench.finish_prefill(worker, message.handoff_id, finish=rng.choice([None, None, "stop"]),
+            bench.finish_prefill(worker, message.handoff_id, next_token(message.prompt_token_ids),
+                                 text=rng.choice(["x", ""]), finish=rng.choice([None, None, "stop"]),
                                  num_cached_tokens=rng.choice([num_cached, None, 0]))  # fmt: skip
         else:
-            request = bench.core._legs.get(message.handoff_id)
-            is_full = (
-                request is not None
-                and request.num_output_tokens + 1 >= request.submission.sampling.max_tokens
-            )
-            bench.step(
-                worker, message.handoff_id, 5, finish="length" if is_full else rng.choice([None, "length"])
-            )
+            own = generated.setdefault(message.handoff_id, [])
+            for _ in range(rng.choice([1, 1, 20])):
+                if len(own) < message.sampling.max_tokens:
+                    own.append(next_token(message.prompt_token_ids + pack_token_ids(own)))
+                    is_last = len(own) == message.sampling.max_tokens or rng.random() < 0.05
+                    finish = "length" if is_last else None
+                    bench.step(worker, message.handoff_id, own[-1], finish=finish)
     elif choice < 0.78:
         worker = rng.choice(list(publishers))
         message = publishers[worker].take()
@@ -101,8 +116,16 @@ def _events(bench, rng, live, names, publishers):
         bench.perform(bench.core.tick(bench.now_s))
 
 
+@pytest.fixture(scope="module")
+def num_resumes():
+    """Of all runs; that none would be resumed would be a test of nothing."""
+    counts: list[int] = []
+    yield counts
+    assert sum(counts) > len(counts)
+
+
 @pytest.mark.parametrize("seed", range(60))
-def test_every_request_ends_once_and_nothing_stays_reserved(make_bench, seed):
+def test_every_request_ends_once_and_nothing_stays_reserved(make_bench, num_resumes, seed):
     rng = random.Random(seed)
     bench = make_bench(max_queued=20)
     publishers = {"p0": Publisher(rng)} | ({"p1": Publisher(rng)} if seed % 2 else {})
@@ -112,12 +135,13 @@ def test_every_request_ends_once_and_nothing_stays_reserved(make_bench, seed):
         bench.add(name, D, num_blocks=12, stream_params={} if name == "d0" else None)
     names = (f"r{i}" for i in range(10_000))
     live: list = []
+    generated: dict[str, list[int]] = {}
     num_hits = 0
     for _ in range(400):
-        _events(bench, rng, live, names, publishers)
+        _events(bench, rng, live, names, publishers, generated)
         starts = bench.take(StartPrefill)
         for _, start in starts:
-            request = bench.core._legs.get(start.handoff_id)
+            request = bench.core._attempts.legs.get(start.handoff_id)
             num_hits += request is not None and bool(request.predicted_hit_tokens)
         live += starts + bench.take(StartDecode)
         for worker in bench.core.fleet:
@@ -127,8 +151,13 @@ def test_every_request_ends_once_and_nothing_stays_reserved(make_bench, seed):
                 assert account.num_reserved_blocks <= 12  # never promised twice
     assert num_hits > 0
     bench.perform(bench.core.abort_all("end of the test", bench.now_s))
-    assert all(len(sink.reports) == 1 for sink in bench.sinks.values())
+    for request_id, sink in bench.sinks.items():
+        (report,) = sink.reports
+        assert report.num_output_tokens == len(sink.token_ids)
+        assert sink.token_ids == unbroken(bench.prompts[request_id], len(sink.token_ids))
+        assert report.phases.queue_s >= 0 and report.phases.decode_s >= 0
     bench.assert_nothing_is_held()
+    num_resumes.append(sum(sink.reports[0].num_resumes for sink in bench.sinks.values()))
     bench.now_s += 2.0
     bench.perform(bench.core.tick(bench.now_s))
     expectations = bench.core._dispatch._router._expectations
@@ -162,7 +191,7 @@ def test_after_any_loss_the_index_is_exact_again(make_bench, seed):
     for number, text in enumerate(texts):
         bench.submit(f"check{number}", token_ids=text, max_tokens=1)
         ((_, start),) = bench.take(StartPrefill)
-        predicted = bench.core._legs[start.handoff_id].predicted_hit_tokens
+        predicted = bench.core._attempts.legs[start.handoff_id].predicted_hit_tokens
         assert predicted == 16 * publisher.engine.num_hit_blocks(text)
         bench.perform(bench.core.abort(f"check{number}", bench.now_s))
     assert bench.core.prefixes.counts()["gaps"] > 0

@@ -90,7 +90,7 @@ def test_a_wrong_prediction_is_corrected_by_the_engine(fleet):
 
 def test_without_events_nothing_is_predicted_or_hashed(bench):
     _, handoff_id = bench.prefilled("r1")
-    request = bench.core._legs[handoff_id]
+    request = bench.core._attempts.legs[handoff_id]
     assert (request.hits, request.placement.predicted_hit_tokens) == (None, None)
     assert bench.core.prefixes.counts() == {}
 
@@ -108,7 +108,7 @@ def test_of_a_worker_that_tells_nothing_nothing_is_predicted(make_bench):
     for name in ("r1", "r2"):
         worker_id, handoff_id = prefill(bench, name)
         assert worker_id == "p1"
-        assert bench.core._legs[handoff_id].predicted_hit_tokens is None
+        assert bench.core._attempts.legs[handoff_id].predicted_hit_tokens is None
     assert bench.worker("p1").account.num_queued_tokens == 2 * 161
 
 
@@ -116,7 +116,7 @@ def test_prompt_logprobs_make_the_engine_compute_all_of_it(fleet):
     fleet.kv_events("p2", 0, stored(PROMPT, 10))
     worker_id, handoff_id = prefill(fleet, "r1", prompt_logprobs=1)
     assert fleet.worker(worker_id).account.num_queued_tokens == 161
-    assert fleet.core._legs[handoff_id].predicted_hit_tokens is None
+    assert fleet.core._attempts.legs[handoff_id].predicted_hit_tokens is None
 
 
 def test_a_gap_is_asked_for_and_replayed(fleet):
@@ -130,7 +130,7 @@ def test_a_gap_is_asked_for_and_replayed(fleet):
     assert fleet.take(AskKvReplay) == [("p3", AskKvReplay(first=1, last=1))]
     fleet.kv_events("p3", 1, stored(PROMPT, 4, first=2))
     worker_id, handoff_id = prefill(fleet, "r1")
-    assert (worker_id, fleet.core._legs[handoff_id].predicted_hit_tokens) == ("p3", 96)  # 6 * 16
+    assert (worker_id, fleet.core._attempts.legs[handoff_id].predicted_hit_tokens) == ("p3", 96)  # 6 * 16
     assert fleet.core.prefixes.counts()["batches replayed"] == 1
 
 
@@ -139,7 +139,7 @@ def test_a_fresh_start_replaces_what_was_known(fleet):
     fleet.kv_events("p3", 7, stored(PROMPT, 2), is_fresh_start=True)
     assert fleet.take(AskKvReplay) == []
     _, handoff_id = prefill(fleet, "r1")
-    assert fleet.core._legs[handoff_id].predicted_hit_tokens == 32
+    assert fleet.core._attempts.legs[handoff_id].predicted_hit_tokens == 32
 
 
 @pytest.mark.parametrize("boot_id", ["boot-p2", "another"])
@@ -148,7 +148,7 @@ def test_a_worker_that_registers_again_is_known_to_hold_nothing(fleet, boot_id):
     fleet.kv_events("p2", 0, stored(PROMPT, 8))
     fleet.add("p2", P, has_kv_events=True, boot_id=boot_id)
     _, handoff_id = prefill(fleet, "r1")
-    assert fleet.core._legs[handoff_id].predicted_hit_tokens == 0
+    assert fleet.core._attempts.legs[handoff_id].predicted_hit_tokens == 0
 
 
 def test_the_index_lives_as_long_as_somebody_tells(make_bench):
@@ -163,7 +163,7 @@ def test_the_index_lives_as_long_as_somebody_tells(make_bench):
         bench.kv_events("p0", 0, event)
         assert bench.core.prefixes.num_blocks == num_blocks
         _, handoff_id = prefill(bench, f"r{size}", max_tokens=1)
-        assert bench.core._legs[handoff_id].predicted_hit_tokens == 160
+        assert bench.core._attempts.legs[handoff_id].predicted_hit_tokens == 160
         bench.finish_prefill("p0", handoff_id, finish="length")
         for name in ("p0", "d0"):
             bench.perform(bench.core.worker_lost(name, "over", 0.0))
@@ -202,14 +202,14 @@ def test_what_was_expected_and_never_stored_is_forgotten(make_bench):
     bench.finish_prefill("p0", handoff_id, num_cached_tokens=0)
     bench.now_s = 2.0
     _, handoff_id = prefill(bench, "r2")
-    assert bench.core._legs[handoff_id].predicted_hit_tokens == 0
+    assert bench.core._attempts.legs[handoff_id].predicted_hit_tokens == 0
 
 
 def test_an_aborted_prompt_is_expected_no_more(fleet):
     prefill(fleet, "r1")
     fleet.perform(fleet.core.abort("r1", 0.0))
     _, handoff_id = prefill(fleet, "r2")
-    assert fleet.core._legs[handoff_id].predicted_hit_tokens == 0
+    assert fleet.core._attempts.legs[handoff_id].predicted_hit_tokens == 0
 
 
 def test_a_cleared_cache_holds_nothing_and_what_was_expected_is_gone(fleet):
@@ -217,7 +217,7 @@ def test_a_cleared_cache_holds_nothing_and_what_was_expected_is_gone(fleet):
     fleet.finish_prefill(worker_id, first)
     fleet.kv_events(worker_id, 0, stored(PROMPT, 10), AllBlocksCleared())
     _, handoff_id = prefill(fleet, "r2")
-    assert fleet.core._legs[handoff_id].predicted_hit_tokens == 0
+    assert fleet.core._attempts.legs[handoff_id].predicted_hit_tokens == 0
 
 
 def test_progress_in_a_prompt_makes_room_in_the_window(make_bench):
@@ -260,11 +260,11 @@ def test_a_retry_predicts_anew_from_the_hashes_of_the_first_try(fleet):
     """
     fleet.kv_events("p2", 0, stored(PROMPT, 8))
     _, first = prefill(fleet, "r1")
-    request = fleet.core._legs[first]
+    request = fleet.core._attempts.legs[first]
     hashes = request.hits.prompt
     fleet.perform(fleet.core.worker_lost("p2", "gone", 0.0))
     ((_, again),) = fleet.take(StartPrefill)
-    request = fleet.core._legs[again.handoff_id]
+    request = fleet.core._attempts.legs[again.handoff_id]
     assert request.predicted_hit_tokens == 0
     assert request.hits.prompt is hashes
 

@@ -1,0 +1,119 @@
+"""Attempts to serve a request: who is told to start what, and to stop it. No I/O.
+
+Each attempt has a `handoff_id`; `legs` maps the live ones, so whatever a worker says about an abandoned
+attempt finds nobody and is dropped. Room on the decode worker is reserved before prefill is dispatched:
+KV that nobody can take would fill the prefill worker.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from baton.contract.lifecycle import RequestState
+from baton.contract.messages import AbortLeg, KvSource
+from baton.telemetry import event
+from coordinator.actions import Action, Send
+from coordinator.dispatch import Dispatch
+from coordinator.fleet import FleetView
+from coordinator.legs import start_decode, start_prefill, stream_source
+from coordinator.request import Request
+
+logger = logging.getLogger("baton.coordinator")
+
+
+class Attempts:
+    def __init__(self, fleet: FleetView, dispatch: Dispatch, boot_id: str, *, stream_lease_s: float) -> None:
+        """`stream_lease_s`: how long a decode worker's reservation for a stream may stand."""
+        self.legs: dict[str, Request] = {}
+        self._fleet = fleet
+        self._dispatch = dispatch
+        self._boot_id = boot_id
+        self._stream_lease_s = stream_lease_s
+        self._num_handoffs = 0
+
+    def begin(self, request: Request, now_s: float) -> list[Action] | None:
+        """None: no worker has room; nothing changed."""
+        handoff_id = f"h{self._boot_id}-{self._num_handoffs + 1:x}"
+        assignment = self._dispatch.assign(request, handoff_id, now_s)
+        if assignment is None:
+            return None
+        self._num_handoffs += 1
+        self.legs[handoff_id] = request
+        prefill, decode = assignment.prefill, assignment.decode
+        stream = None
+        if prefill is not None and decode is not None and prefill is not decode:
+            stream = self._stream_source(request, prefill.worker_id, decode.worker_id)
+        request.begin_attempt(
+            handoff_id,
+            now_s,
+            prefill_worker=None if prefill is None else prefill.worker_id,
+            decode_worker=None if decode is None else decode.worker_id,
+            way=assignment.way,
+            way_reason=assignment.reason,
+            stream=stream,
+        )
+        event(
+            logger, "attempt started", request_id=request.request_id, handoff_id=handoff_id,
+            prefill_worker=request.prefill_worker, decode_worker=request.decode_worker,
+            way=assignment.way.value, num_given_tokens=request.num_given_tokens or None,
+        )  # fmt: skip
+        if assignment.record is not None:
+            request.records.append(assignment.record)
+        if prefill is None:
+            request.move(RequestState.HANDING_OFF, now_s)
+            return [self.start_decode(request, None, now_s)]
+        request.move(RequestState.PREFILLING, now_s)
+        if prefill is decode:
+            return [self.start_decode(request, None, now_s)]
+        actions: list[Action] = [Send(prefill.worker_id, start_prefill(request, now_s))]
+        if stream is not None:
+            actions.append(self.start_decode(request, stream, now_s))
+        return actions
+
+    def _stream_source(self, request: Request, prefill_id: str, decode_id: str) -> KvSource | None:
+        prefill, decode = self._fleet.get(prefill_id), self._fleet.get(decode_id)
+        if prefill is None or decode is None:
+            return None
+        account = prefill.account
+        if account.num_reserved_blocks > account.capacity.num_blocks:
+            # It might begin prompts in another order than that in which the decode worker promises blocks,
+            # and each would wait for the other: nothing is promised for what may not fit here beside the
+            # others. It is pulled when it is there.
+            return None
+        return stream_source(request, prefill.registration, decode.registration, self._stream_lease_s)
+
+    def start_decode(self, request: Request, kv_source: KvSource | None, now_s: float) -> Send:
+        assert request.decode_worker is not None
+        worker = self._fleet.get(request.decode_worker)
+        sent_s = worker.clock_s(now_s) if worker is not None else None
+        request.kv_source = kv_source
+        return Send(request.decode_worker, start_decode(request, kv_source, sent_s, now_s))
+
+    def complete(self, request: Request) -> list[Action]:
+        """The attempt ended well; its workers know, but for one."""
+        self.legs.pop(request.handoff_id, None)
+        for worker_id in (request.prefill_worker, request.decode_worker):
+            if worker_id is not None:
+                self._dispatch.release(worker_id, request.handoff_id)
+        if request.is_streamed and request.decode_worker and request.state is RequestState.PREFILLING:
+            # Over with the prefill worker's token; the decode worker was waiting for its KV.
+            return [Send(request.decode_worker, AbortLeg(handoff_id=request.handoff_id))]
+        return []
+
+    def close(self, request: Request) -> list[Action]:
+        """Take the attempt back from its workers; what they still say about it will be dropped."""
+        actions: list[Action] = []
+        self.legs.pop(request.handoff_id, None)
+        self._dispatch.prompt_given_up(request.handoff_id)
+        for worker_id in {request.prefill_worker, request.decode_worker} - {None}:
+            assert worker_id is not None
+            self._dispatch.release(worker_id, request.handoff_id)
+            if self._fleet.get(worker_id) is not None and _has_work(request, worker_id):
+                actions.append(Send(worker_id, AbortLeg(handoff_id=request.handoff_id)))
+        request.prefill_worker = request.decode_worker = None
+        return actions
+
+
+def _has_work(request: Request, worker_id: str) -> bool:
+    """A decode worker knows nothing of a request that is being prefilled elsewhere."""
+    return worker_id == request.prefill_worker or not request.is_prefilled_elsewhere

@@ -1,0 +1,157 @@
+"""Workers killed in mid-answer: clients read on, and what they read is an unbroken run's.
+
+users.md pains 9 (a pair's link dies, others go on) and 19 (a stream outlives its decode worker).
+Simulated engines invent each token from all tokens before it, so one that is lost, repeated or given to the
+wrong request changes everything after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from baton.client import BatonClient
+from tests.system.cases import random_prompt
+from tests.system.fleet import Fleet, wait_for
+
+COORDINATOR = ("--heartbeat-timeout-s", "3", "--queue-timeout-s", "30")
+WORKER = ("--max-model-len", "4096", "--num-blocks", "2048", "--simulated-step-s", "0.005")
+
+NUM_TOKENS = 400
+"""Two seconds of steps: enough to be killed in."""
+
+
+@pytest.fixture(scope="module")
+def two_pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """2P2D."""
+    fleet = Fleet(tmp_path_factory.mktemp("resume"), engine="simulated")
+    fleet.start_coordinator(*COORDINATOR)
+    for role in ("prefill", "decode"):
+        for number in (1, 2):
+            fleet.start_worker(role, f"{role}-{number}", *WORKER)
+    try:
+        fleet.wait_until_ready()
+        yield fleet
+    finally:
+        fleet.stop()
+
+
+@pytest.fixture
+def fleet(two_pairs: Fleet) -> Fleet:
+    """All four workers are there."""
+    missing = [f"{role}-{n}" for role in ("prefill", "decode") for n in (1, 2)
+               if f"{role}-{n}" not in two_pairs.members]  # fmt: skip
+    for name in missing:
+        two_pairs.start_worker(name.partition("-")[0], name, *WORKER)
+    two_pairs.wait_until_ready()
+    return two_pairs
+
+
+def body(number: int, **more: Any) -> dict[str, Any]:
+    return {
+        "prompt": random_prompt(50, f"resume {number}"), "max_tokens": NUM_TOKENS, "temperature": 0,
+        "ignore_eos": True, "return_token_ids": True,
+    } | more  # fmt: skip
+
+
+def token_ids(answer: Any) -> list[list[int]]:
+    """Of each choice."""
+    return [choice["token_ids"] for choice in answer["choices"]]
+
+
+def usage(answer: Any) -> tuple[int, int]:
+    """Without what was cached: the first run of a prompt is no measure of the second."""
+    return answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]
+
+
+def running_on(fleet: Fleet, name: str) -> int:
+    running: int = fleet.workers()[name]["load"]["num_running"]
+    return running
+
+
+def metric(fleet: Fleet, name: str) -> float:
+    lines = fleet.ask("GET", "/metrics").body.decode().splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+
+
+def test_pain_19_a_killed_decode_worker_costs_no_token_of_any_stream(fleet: Fleet) -> None:
+    """
+    1. streams run on both decode workers; one worker is killed
+    2. every stream ends with the tokens and the usage of an unbroken run, none lost, none repeated
+    3. those that were moved say so, and the metrics count them
+    """
+    bodies = [body(number) for number in range(8)]
+    with ThreadPoolExecutor(len(bodies)) as threads:
+        expected = list(threads.map(lambda wanted: fleet.complete(**wanted).json, bodies))
+    before = metric(fleet, "baton_resumes_total")
+
+    def read(wanted: dict[str, Any]) -> tuple[list[int], Any]:
+        stream = fleet.stream("/v1/completions", wanted | {"stream_options": {"include_usage": True}})
+        try:
+            *events, last = stream
+            assert stream.is_done, last
+            return [t for event in events for t in event["choices"][0]["token_ids"]], last
+        finally:
+            stream.close()
+
+    with ThreadPoolExecutor(len(bodies)) as threads:
+        running = [threads.submit(read, wanted) for wanted in bodies]
+        wait_for("streams on both", lambda: min(running_on(fleet, f"decode-{n}") for n in (1, 2)) > 1, 20.0)
+        fleet.kill("decode-1")
+        ended = [future.result() for future in running]
+    assert [tokens for tokens, _ in ended] == [token_ids(answer)[0] for answer in expected]
+    assert [usage(last) for _, last in ended] == [usage(answer) for answer in expected]
+    num_resumes = sum(last["baton"]["resumes"] for _, last in ended)
+    assert num_resumes >= 2
+    assert metric(fleet, "baton_resumes_total") - before == num_resumes
+    fleet.wait_until_idle()
+
+
+def test_pain_19_whole_answers_choices_logprobs_and_both_doors(fleet: Fleet) -> None:
+    """Whatever way a client asks; a decode worker is killed while all of these run."""
+    asked: dict[str, dict[str, Any]] = {
+        "whole": body(100),
+        "choices": body(101, n=3),
+        "logprobs": body(102, logprobs=2),
+        "stop": body(103, stop=["qqq"], ignore_eos=False),
+        "prompt logprobs": body(104, prompt_logprobs=1),
+    }
+    with BatonClient(fleet.client_address) as client, ThreadPoolExecutor(len(asked) + 1) as threads:
+        answered = threads.map(lambda wanted: fleet.complete(**wanted).json, asked.values())
+        expected = dict(zip(asked, answered, strict=True))
+        running = {name: threads.submit(fleet.complete, **wanted) for name, wanted in asked.items()}
+        zmq = threads.submit(lambda: list(client.stream(body(100)["prompt"], max_tokens=NUM_TOKENS)))
+        wait_for("work on it", lambda: running_on(fleet, "decode-2") >= 3, 20.0)
+        fleet.kill("decode-2")
+        answers = {name: future.result() for name, future in running.items()}
+        deltas = zmq.result()
+    num_resumes = 0
+    for name, answer in answers.items():
+        assert answer.status == 200, answer.json
+        for got, wanted in zip(answer.json["choices"], expected[name]["choices"], strict=True):
+            assert got == wanted, name
+        assert usage(answer.json) == usage(expected[name]), name
+        num_resumes += int(answer.headers["x-baton-resumes"])
+    assert [t for delta in deltas for t in delta.token_ids] == token_ids(expected["whole"])[0]
+    assert num_resumes >= 2
+    fleet.wait_until_idle()
+
+
+def test_pain_19_what_cannot_be_moved_is_refused_by_name(fleet: Fleet) -> None:
+    streams = [fleet.stream("/v1/completions", body(n, seed=n, temperature=1.0)) for n in range(4)]
+    try:
+        for stream in streams:
+            next(iter(stream))
+        fleet.kill("decode-1")
+        lasts = [list(stream)[-1] for stream in streams]
+    finally:
+        for stream in streams:
+            stream.close()
+    errors = [last["error"] for last in lasts if "error" in last]
+    assert 0 < len(errors) < 4
+    assert {(error["code"], error["worker_id"]) for error in errors} == {("cannot_resume", "decode-1")}
+    assert all("it cannot go on elsewhere: seeded sampling" in error["message"] for error in errors)
+    fleet.wait_until_idle()
