@@ -21,6 +21,7 @@ from benchmarks.servers import NotReady
 from benchmarks.trace_load import RequestsFailed
 
 PEERS_OF = {
+    "correctness": (),
     "door": peers.ALL,
     "e2e": (peers.VLLM_ROUTER,),
     "routing": (peers.DYNAMO,),
@@ -38,8 +39,11 @@ EXIT_BAR_MISSED = 4
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench.sh", description="Baton beside its peers.")
     parser.add_argument(
-        "name", choices=["door", "e2e", "handoff", "placement", "preemption", "replay", "routing", "twin"]
-    )
+        "name",
+        choices=[
+            "correctness", "door", "e2e", "handoff", "placement", "preemption", "replay", "routing", "twin",
+        ],
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one short repeat: a check that everything runs")
     parser.add_argument(
         "--repeats",
@@ -81,6 +85,11 @@ def _run(options: argparse.Namespace, rows: list[str] | None, argv: list[str] | 
 
             amount = handoff.QUICK if options.quick else handoff.FULL
             report = handoff.run(amount, repeats=options.repeats, modes=rows)
+        elif options.name == "correctness":
+            from benchmarks import correctness
+
+            questions = correctness.QUICK if options.quick else correctness.FULL
+            report = correctness.run(questions, rows=rows)
         elif options.name == "routing":
             parts = routing.QUICK if options.quick else routing.FULL
             report = routing.run(parts, repeats=options.repeats, rows=rows)

@@ -163,6 +163,7 @@ class EnginePair:
         *,
         prefill: dict[str, Any] | None = None,
         decode: dict[str, Any] | None = None,
+        engine_class: type[VllmEngine] | None = None,
         **settings: Any,
     ) -> None:
         from baton.engine.vllm_engine import VllmEngine
@@ -177,12 +178,13 @@ class EnginePair:
             "max_batch_size": 16,
             "kv_load_failure_policy": "fail",
         } | settings
+        engine_class = engine_class or VllmEngine
         self.prefill_listener, self.decode_listener = Recorder(), Recorder()
-        self.prefill: VllmEngine = VllmEngine(
+        self.prefill: VllmEngine = engine_class(
             VllmEngineSettings(role=WorkerRole.PREFILL, **(common | (prefill or {})))
         )
         self.prefill_description: EngineDescription = await self.prefill.start(self.prefill_listener)
-        self.decode: VllmEngine = VllmEngine(
+        self.decode: VllmEngine = engine_class(
             VllmEngineSettings(role=WorkerRole.DECODE, **(common | (decode or {})))
         )
         self.decode_description: EngineDescription = await self.decode.start(self.decode_listener)
