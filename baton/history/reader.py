@@ -49,15 +49,21 @@ def read_run(folder: Path) -> History:
         snapshots=[note for note in notes if isinstance(note, FleetSnapshot)],
         limits=next((note for note in notes if isinstance(note, Limits)), None),
     )
+    history.coordinators, history.workers = read_processes(folder)
+    if not history.asks:
+        raise BrokenRun(f"{folder / REQUESTS_FILE} holds no request")
+    return history
+
+
+def read_processes(folder: Path) -> tuple[list[CoordinatorRecord], list[WorkerRecord]]:
+    """From their logs, in the order in which they started. Raises BrokenRun."""
     coordinators: list[CoordinatorRecord] = []
     workers: list[WorkerRecord] = []
     for path in log_files(folder):
         _read_process(path, coordinators, workers)
-    history.coordinators = sorted(coordinators, key=lambda c: c.ready_s or 0.0)
-    history.workers = sorted(workers, key=lambda worker: worker.started_s)
-    if not history.asks:
-        raise BrokenRun(f"{folder / REQUESTS_FILE} holds no request")
-    return history
+    coordinators.sort(key=lambda coordinator: coordinator.ready_s or 0.0)
+    workers.sort(key=lambda worker: worker.started_s)
+    return coordinators, workers
 
 
 def log_files(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ _MEMBERSHIP = ("worker lost", "worker registered", "worker refused", "worker lea
                "coordinator stopped", "registration refused")  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class _Event:
     at_s: float
     who: str
@@ -38,29 +38,33 @@ def story(folder: Path, request_id: str) -> str:
     asks = _asks(folder, request_id)
     lines = [line for path in log_files(folder) for line in read_log(path) if _may_be_told(line)]
     names = {request_id, *(ask.request_id for ask in asks)}
-    named = [line for line in lines if not names.isdisjoint(_request_ids(line.text))]
-    handoffs = {found for line in named for found in _HANDOFF.findall(line.text)}
-    own = named
-    if handoffs:
-        # Unlike a client's request id these are ours and unique: any mention will do.
-        mention = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, sorted(handoffs)))})(?![\w-])")
-        known = set(map(id, named))
-        own += [line for line in lines if id(line) not in known and mention.search(line.text)]
+    named = [not names.isdisjoint(_request_ids(line.text)) for line in lines]
+    handoffs = {
+        found for line, is_named in zip(lines, named, strict=True) if is_named
+        for found in _HANDOFF.findall(line.text)
+    }  # fmt: skip
+    # Unlike a client's request id these are ours and unique: any mention will do.
+    mention = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, sorted(handoffs)))})(?![\w-])")
+    own = [
+        line for line, is_named in zip(lines, named, strict=True)
+        if is_named or (handoffs and mention.search(line.text))
+    ]  # fmt: skip
     events = [_Event(line.at_s, line.process, line.text) for line in own]
     events += [event for ask in asks for event in _client_events(ask)]
     if not events:
         raise BrokenRun(f"nothing in {folder} knows request {request_id}")
-    start_s, end_s = min(events).at_s, max(events).at_s
+    start_s, end_s = (end(event.at_s for event in events) for end in (min, max))
     workers = {found for line in own for found in _WORKER.findall(line.text)}
     processes = {line.process for line in own}
     events += [
         event for event in _around(folder, lines, workers, processes) if start_s <= event.at_s <= end_s
     ]
+    events.sort(key=lambda event: event.at_s)  # stable: what one process logged stays in its order
     width = max(len(event.who) for event in events)
     return "\n".join(
         [
             f"request {request_id}, {len(handoffs)} attempts, {end_s - start_s:.3f} s from {_clock(start_s)}",
-            *(f"{event.at_s - start_s:9.3f}  {event.who:<{width}}  {event.text}" for event in sorted(events)),
+            *(f"{event.at_s - start_s:9.3f}  {event.who:<{width}}  {event.text}" for event in events),
         ]
     )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from baton.history import RunWriter
 from benchmarks.figures import Bar, Figure, Report
+from benchmarks.fleets import demo_model
 from benchmarks.layout import SCRATCH
 from benchmarks.publish import save, show
 from benchmarks.samples import spread
@@ -21,10 +22,12 @@ from tests.chaos.figures import judge, slope_mb_per_min
 from tests.chaos.fleets import (
     NUM_DECODE,
     NUM_PREFILL,
+    REAL_LIMITS,
     SIMULATED_LIMITS,
+    start_real,
     start_simulated,
 )
-from tests.chaos.jobs import simulated_jobs
+from tests.chaos.jobs import real_jobs, simulated_jobs
 from tests.chaos.scenario import Load, run
 from tests.chaos.supervisor import in_turn, workers_in_turn
 
@@ -80,6 +83,29 @@ def simulated(folder: Path, is_quick: bool, load_s: float | None) -> Report:
     return judge("simulated", found, num_workers=NUM_WORKERS)
 
 
+def real(folder: Path, is_quick: bool, load_s: float | None) -> Report:
+    """2P2D of vLLM on CPU, 20 kills, each when the fleet is whole again. Quick: one kill."""
+    load = Load(
+        num_users=8,
+        load_s=load_s or 0.0,
+        victims=["decode-1"] if is_quick else in_turn(NUM_PREFILL, NUM_DECODE),
+        kill_every_s=3.0,
+        waits_for_recovery=True,
+        num_kills=1 if is_quick else 20,
+    )
+    with RunWriter(folder) as writer:
+        supervised = start_real(folder, writer, demo_model())
+        try:
+            next_job = real_jobs(supervised.fleet.http_port)
+        except BaseException:
+            supervised.fleet.stop()
+            raise
+        found = run(supervised, writer, REAL_LIMITS, load, next_job)
+    if found.violations:
+        print(found.told(folder), file=sys.stderr)
+    return judge("real", found, num_workers=NUM_WORKERS)
+
+
 def soak(folder: Path, is_quick: bool, load_s: float | None) -> Report:
     """An hour of mixed load with now and then a worker killed; the coordinator lives through it."""
     load_s = load_s or (30.0 if is_quick else 3_600.0)
@@ -113,7 +139,11 @@ def soak(folder: Path, is_quick: bool, load_s: float | None) -> Report:
     return report
 
 
-SCENARIOS: dict[str, Callable[[Path, bool, float | None], Report]] = {"simulated": simulated, "soak": soak}
+SCENARIOS: dict[str, Callable[[Path, bool, float | None], Report]] = {
+    "simulated": simulated,
+    "real": real,
+    "soak": soak,
+}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections import Counter
 
 from baton.contract.lifecycle import Outcome
 from baton.history.checker import counts
+from baton.history.facts import Finished
 from baton.history.records import End
 from benchmarks.figures import Bar, Figure, Report
 from benchmarks.samples import spread
@@ -48,7 +49,11 @@ def judge(name: str, run: Run, *, num_workers: int) -> Report:
         add("nothing held any more after", run.quiet_after_s, "s")
     kills = Counter(kill.name.partition("-")[0] for kill in history.kills)
     add("kills", kills.total(), "kills", note=", ".join(f"{n} of {role}" for role, n in kills.items()))
-    add("requests that needed another attempt", _num_retried(run), "requests")
+    words = _words(run)
+    add("requests that needed another attempt",
+        sum(word.report.placement.num_attempts > 1 for word in words), "requests")  # fmt: skip
+    add("streams that went on elsewhere", sum(word.report.num_resumes > 0 for word in words), "requests",
+        note="from the tokens their client had")  # fmt: skip
     codes = Counter(ask.error.code for ask in history.asks if ask.error is not None)
     told = ", ".join(f"{n} {end.value}" for end, n in ends.most_common())
     report.remarks.append(f"How requests ended for their clients: {told}.")
@@ -65,23 +70,18 @@ def judge(name: str, run: Run, *, num_workers: int) -> Report:
 def _under_a_living_coordinator(run: Run) -> tuple[int, int]:
     """(accepted requests whose coordinator lived until their end, those of them that completed). Clients that
     left are not counted."""
-    outcomes = [
-        word.report.outcome
-        for coordinator in run.history.coordinators
-        for words in coordinator.finished.values()
-        for word in words
-        if word.report.outcome is not Outcome.ABORTED
-    ]
+    outcomes = [word.report.outcome for word in _words(run) if word.report.outcome is not Outcome.ABORTED]
     return len(outcomes), outcomes.count(Outcome.COMPLETED)
 
 
-def _num_retried(run: Run) -> int:
-    return sum(
-        word.report.placement.num_attempts > 1
+def _words(run: Run) -> list[Finished]:
+    """Every final word of every coordinator."""
+    return [
+        word
         for coordinator in run.history.coordinators
         for words in coordinator.finished.values()
         for word in words
-    )
+    ]
 
 
 def slope_mb_per_min(samples: list[tuple[float, int]]) -> float:

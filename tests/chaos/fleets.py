@@ -7,6 +7,7 @@ from pathlib import Path
 from baton.history import Limits, RunWriter
 from tests.chaos.jobs import MAX_MODEL_LEN
 from tests.chaos.supervisor import Supervised
+from tests.system.conftest import REAL_WORKER
 from tests.system.fleet import Fleet
 
 NUM_PREFILL, NUM_DECODE = 2, 2
@@ -52,8 +53,19 @@ def start_fleet(
 
 
 SIMULATED_LIMITS = Limits(
-    queue_s=60.0, prefill_s=30.0, handoff_s=20.0, stall_s=30.0, heartbeat_s=4.0, lease_s=10.0, max_attempts=3
+    queue_s=60.0, prefill_s=30.0, handoff_s=9.0, stall_s=30.0, heartbeat_s=4.0, lease_s=10.0, max_attempts=3
 )
+
+REAL_LIMITS = Limits(
+    queue_s=120.0,
+    prefill_s=60.0,
+    handoff_s=20.0,
+    stall_s=60.0,
+    heartbeat_s=10.0,
+    lease_s=30.0,
+    max_attempts=3,
+)
+"""The defaults, but for the prefill's, which is shorter."""
 
 
 def start_simulated(
@@ -72,3 +84,8 @@ def start_simulated(
         prefill=("--simulated-step-s", "0.01", "--simulated-prefill-tokens-per-s", "200000"),
         decode=("--simulated-step-s", f"{step_s:g}"),
     )  # fmt: skip
+
+
+def start_real(folder: Path, writer: RunWriter, model: Path) -> Supervised:
+    """vLLM and NIXL on CPU. Long prompts are computed in chunks."""
+    return start_fleet(folder, writer, REAL_LIMITS, engine="vllm", model=model, worker=REAL_WORKER)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable
@@ -9,11 +11,16 @@ from collections.abc import Callable
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
 from baton.engine.simulated_model import SimulatedSequence
-from tests.chaos.client import Job
+from baton.history import End
+from tests.chaos.client import Job, ask
+from tests.system.cases import random_prompt
 
 MAX_MODEL_LEN = 2_048
 NUM_BEGINNINGS, BEGINNING_TOKENS = 32, 64
 """Prompts begin with one of so many system prompts, so that prefixes are found and lost."""
+
+NUM_REAL_PROMPTS = 40
+GOLDEN_TIMEOUT_S = 120.0
 
 
 def simulated_answer(prompt: list[int], max_tokens: int) -> list[int]:
@@ -50,3 +57,30 @@ def simulated_jobs(
         )
 
     return next_job
+
+
+def real_jobs(port: int) -> Callable[[], Job]:
+    """Prompts of 40 to 400 tokens whose answers the fleet has just given, one after the other and
+    undisturbed. Raises RuntimeError if it cannot."""
+    dice = random.Random(0)
+    known = [
+        asyncio.run(
+            _answered(port, random_prompt(dice.randint(40, 400), number), dice.randint(8, 48), number)
+        )
+        for number in range(NUM_REAL_PROMPTS)
+    ]
+    numbers = itertools.count(1)
+
+    def next_job() -> Job:
+        job = dice.choice(known)
+        return dataclasses.replace(job, name=f"j{next(numbers)}", is_streamed=dice.random() >= 0.1)
+
+    return next_job
+
+
+async def _answered(port: int, prompt: list[int], max_tokens: int, number: int) -> Job:
+    job = Job(name=f"golden{number}", prompt=prompt, max_tokens=max_tokens, golden=None)
+    record = await ask(port, job, job.name, 0, GOLDEN_TIMEOUT_S)
+    if record.end is not End.COMPLETED:
+        raise RuntimeError(f"an undisturbed fleet did not answer: {record}")
+    return dataclasses.replace(job, golden=record.token_ids)

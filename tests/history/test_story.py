@@ -16,11 +16,22 @@ def test_a_story_has_every_process_in_the_order_of_time(tmp_path: Path):
     assert told[0].startswith("request r1, 1 attempts, 0.503 s from ")
     assert [line.split()[1] for line in told[1:]] == [
         "client", "coordinator-0", "coordinator-0", "prefill-1-0", "prefill-1-0", "client",
-        "decode-1-0", "decode-1-0", "coordinator-0", "client", "decode-1-0", "client", "coordinator-0",
+        "decode-1-0", "decode-1-0", "coordinator-0", "client", "decode-1-0", "coordinator-0", "client",
         "client",
     ]  # fmt: skip
     # The warning names the hand-off only; the story knows whose it is.
     assert "kv not received handoff_id=h1" in told[8]
+
+
+def test_what_a_process_says_within_a_millisecond_stays_in_its_order(tmp_path: Path):
+    log = (
+        Log("coordinator")
+        .say(0.0, "coordinator ready boot_id=abc pid=1")
+        .say(5.0, "request accepted request_id=r1 num_prompt_tokens=7 max_tokens=5")
+        .say(5.0, "attempt started request_id=r1 handoff_id=h1 prefill_worker=prefill-1")
+    )
+    told = story(write_run(tmp_path, logs={"coordinator-0": log}), "r1")
+    assert told.index("request accepted") < told.index("attempt started")
 
 
 def test_what_happened_to_its_workers_meanwhile_belongs_to_it(tmp_path: Path):

@@ -3,14 +3,15 @@ a test that wants other settings ends the one before it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from baton.demo_model import build_demo_model
 from tests.system.cases import MAX_MODEL_LEN
-from tests.system.fleet import Fleet
+from tests.system.fleet import STARTED, Fleet
+from tests.system.stories import stories
 
 REAL_FIXTURES = {"real_fleet", "start_real_fleet", "expected"}
 
@@ -30,6 +31,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if REAL_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure prints the whole story of the requests it is about."""
+    report = yield
+    if report.when == "call" and report.failed:
+        for fleet in list(STARTED.values()):
+            if fleet.members and (told := stories(fleet.folder, report.longreprtext)):
+                report.sections.append((f"requests of {fleet.folder.name}", told))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from baton import processes
 from baton.history import what_is_held
@@ -87,6 +88,10 @@ class Stream:
         self._connection.close()
 
 
+STARTED: WeakValueDictionary[str, Fleet] = WeakValueDictionary()
+"""By folder; for whoever tells what happened in them."""
+
+
 @dataclass
 class Fleet:
     """Starts nothing by itself. Settings are flags of the processes."""
@@ -123,6 +128,7 @@ class Fleet:
         return self._start(module, name, *flags, *arguments)
 
     def _start(self, module: str, name: str, *arguments: str) -> RecordedProcess:
+        STARTED[str(self.folder)] = self
         command = [sys.executable, "-m", module, "--exit-with-parent", *arguments]
         number = len(self.ended)
         member = processes.start(command, self.folder / f"{name}-{number}.log")
