@@ -9,7 +9,6 @@ from baton.contract.errors import (
     NoWorkers,
     PromptTooLong,
 )
-from baton.contract.lifecycle import PHASES
 from coordinator.fleet import FleetView
 from coordinator.request import Request
 
@@ -24,8 +23,7 @@ def check_acceptable(request: Request, fleet: FleetView, *, is_draining: bool, i
         raise DuplicateRequest(f"request id {request.request_id!r} is already in flight")
     limit = fleet.max_model_len
     if limit is None or not fleet.has_pair:
-        missing = [phase.value for phase in PHASES if not fleet.accounts(phase)]
-        raise NoWorkers(f"no {' and no '.join(missing)} worker is ready")
+        raise NoWorkers(fleet.why_not_ready() or "no worker is ready")
     if num_prompt < 1:
         raise InvalidRequest("the prompt is empty", param="prompt")
     if num_prompt + 1 > limit:

@@ -183,6 +183,8 @@ class Coordinator:
             self._core.fleet.check(registration, peer)
         except ServingError as error:
             logger.warning("worker refused worker_id=%s message=%r", registration.worker_id, error.message)
+            if not error.retryable:
+                self._core.fleet.refused(registration, error.message)
             self._send(peer, WorkerRefused(error=error.report()))
             return
         actions = self._core.worker_registered(registration, peer, now_s)

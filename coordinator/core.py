@@ -152,6 +152,7 @@ class Core:
             self._facts_key = key
             self._facts = FleetFacts(
                 is_ready=self.fleet.has_pair and not self.is_draining,
+                why_not_ready=self.fleet.why_not_ready(),
                 model=layout.model if layout else None,
                 max_model_len=self.fleet.max_model_len,
             )

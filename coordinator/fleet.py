@@ -5,9 +5,8 @@ No I/O: the app tells it of messages and of time passing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-
-import msgspec
 
 from baton.contract.codec import PROTOCOL_VERSION
 from baton.contract.errors import ProtocolMismatch, RegistrationRefused, WorkerIdTaken
@@ -15,6 +14,10 @@ from baton.contract.lifecycle import PHASES, WorkerRole
 from baton.contract.messages import KvLayout, RegisterWorker
 from baton.policy.fleet_pace import StepClock
 from baton.policy.ledger import Ledger, Pool, WorkerAccount
+from coordinator.compatibility import Kind, difference
+
+MAX_REFUSALS = 8
+"""Kept for the sentence of a 503."""
 
 
 class Worker:
@@ -88,6 +91,8 @@ class FleetView:
         self.largest_cache_tokens = dict.fromkeys(PHASES, 0)
         """Tokens in the KV cache of the largest worker of a phase."""
         self.num_changes = 0
+        self._kinds: Counter[Kind] = Counter()
+        self._refusals: dict[str, tuple[WorkerRole, str]] = {}
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._by_id.values())
@@ -138,18 +143,36 @@ class FleetView:
             raise RegistrationRefused(
                 f"this connection is already registered as {at_peer.worker_id}, not {registration.worker_id}"
             )
-        if self.layout is not None and any(w.worker_id != registration.worker_id for w in self):
-            self._check_layout(registration, self.layout)
+        self._check_compatible(registration, here)
 
-    @staticmethod
-    def _check_layout(registration: RegisterWorker, layout: KvLayout) -> None:
-        ours, theirs = msgspec.structs.asdict(layout), msgspec.structs.asdict(registration.layout)
-        for field, expected in ours.items():
-            if theirs[field] != expected:
-                raise RegistrationRefused(
-                    f"worker {registration.worker_id} cannot join: {field} is {theirs[field]!r}, "
-                    f"this fleet has {expected!r}"
-                )
+    def _check_compatible(self, registration: RegisterWorker, itself: Worker | None) -> None:
+        newcomer = Kind.of(registration)
+        own = None if itself is None else Kind.of(itself.registration)
+        for kind, count in self._kinds.items():
+            if count == 1 and kind == own:  # what it was before it registered again
+                continue
+            if (why := difference(newcomer, kind)) is not None:
+                raise RegistrationRefused(f"worker {registration.worker_id} cannot join: {why}")
+
+    def refused(self, registration: RegisterWorker, reason: str) -> None:
+        """Remembered until somebody serves those phases, for `why_not_ready`."""
+        self._refusals[registration.worker_id] = (registration.role, reason)
+        while len(self._refusals) > MAX_REFUSALS:
+            del self._refusals[next(iter(self._refusals))]
+        self._changed()
+
+    def why_not_ready(self) -> str | None:
+        """None: there is a pair."""
+        missing = [phase for phase in PHASES if not self._accounts[phase]]
+        if not missing:
+            return None
+        reasons = [
+            reason
+            for role, reason in self._refusals.values()
+            if any(phase in missing for phase in role.phases)
+        ]
+        text = f"no {' and no '.join(phase.value for phase in missing)} worker is ready"
+        return f"{text}; {'; '.join(reasons)}" if reasons else text
 
     def add(self, registration: RegisterWorker, peer: bytes, now_s: float) -> Worker:
         """Call after `check`; a worker that registers again starts with an empty account."""
@@ -166,6 +189,13 @@ class FleetView:
         for pool in self._pools_of(worker):
             pool.add(worker.account)
         self.layout = registration.layout
+        self._kinds[Kind.of(registration)] += 1
+        served = set(worker.role.phases)
+        self._refusals = {
+            worker_id: refusal
+            for worker_id, refusal in self._refusals.items()
+            if worker_id != worker.worker_id and not served.issuperset(refusal[0].phases)
+        }
         self._changed()
         return worker
 
@@ -201,6 +231,7 @@ class FleetView:
         self._by_peer.pop(worker.peer, None)
         self._remove_from_pools(worker)
         self.ledger.close(worker.account)
+        self._kinds -= Counter([Kind.of(worker.registration)])
         if not self._by_id:
             self.layout = None
         self._changed()

@@ -36,6 +36,8 @@ class FleetFacts:
 
     is_ready: bool
     """At least one compatible prefill/decode pair is up and the coordinator is not draining."""
+    why_not_ready: str | None = None
+    """Who is missing, and who was refused."""
     model: str | None
     """The fleet's model path or name; None before the first worker registered."""
     max_model_len: int | None

@@ -62,8 +62,6 @@ def stream_source(
     leaves room for one token only is over with it."""
     if source.stream_params is None or destination.stream_params is None:
         return None
-    if source.pipeline_parallel_size != destination.pipeline_parallel_size:
-        return None
     if request.wants_prompt_logprobs:
         return None
     if request.num_context_tokens + 1 >= source.capacity.max_model_len:

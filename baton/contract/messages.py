@@ -41,6 +41,13 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_heads: int
     head_dim: int
     block_size_tokens: int
+    cache_dtype: str = "auto"
+    """Of KV; `auto` is the model's."""
+    attention_backend: str | None = None
+    """It decides how a block's heads and tokens are ordered. None, here and below: the worker does not
+    know, and nobody compares."""
+    weights: str | None = None
+    """Digest of the weight files, or the hub's revision: one path may hold different weights on two hosts."""
 
 
 class WorkerCapacity(msgspec.Struct, frozen=True, kw_only=True):

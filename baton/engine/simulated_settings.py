@@ -57,6 +57,8 @@ def describe(settings: SimulatedEngineSettings, transfer_endpoint: str) -> Engin
             num_kv_heads=NUM_KV_HEADS,
             head_dim=HEAD_DIM,
             block_size_tokens=settings.block_size_tokens,
+            attention_backend="none",
+            weights="invented",
         ),
         capacity=WorkerCapacity(
             num_blocks=settings.num_blocks,

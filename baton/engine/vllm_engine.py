@@ -59,7 +59,14 @@ from baton.engine.vllm_settings import (
     set_environment,
     transfer_arguments,
 )
-from baton.engine.vllm_start import close_sockets, construct, describe, first_line, warm_up
+from baton.engine.vllm_start import (
+    chosen_attention_backend,
+    close_sockets,
+    construct,
+    describe,
+    first_line,
+    warm_up,
+)
 from baton.engine.vllm_stats import LoadGauge
 from baton.transfer.lease import ReadWindow, time_left_s
 
@@ -147,7 +154,11 @@ class VllmEngine:
                 self._supported_tasks = await self._llm.get_supported_tasks()
                 config = self._llm.vllm_config
                 description = describe(
-                    settings, config, side_channel_port=port, has_kv_events=self._kv_events is not None
+                    settings,
+                    config,
+                    side_channel_port=port,
+                    has_kv_events=self._kv_events is not None,
+                    attention_backend=chosen_attention_backend(config),
                 )
                 self._max_model_len = description.capacity.max_model_len
                 self._kv_bytes_per_block = description.capacity.kv_bytes_per_block

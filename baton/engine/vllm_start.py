@@ -21,6 +21,7 @@ from baton.contract.errors import EngineFailed, ServingError
 from baton.contract.messages import KvLayout, WorkerCapacity
 from baton.engine.base import EngineDescription
 from baton.engine.vllm_settings import VllmEngineSettings
+from baton.engine.weights import weights_identity
 
 logger = logging.getLogger("baton.engine")
 
@@ -56,7 +57,12 @@ async def construct(make: Callable[[], Any]) -> Any:
 
 
 def describe(
-    settings: VllmEngineSettings, config: Any, *, side_channel_port: int, has_kv_events: bool
+    settings: VllmEngineSettings,
+    config: Any,
+    *,
+    side_channel_port: int,
+    has_kv_events: bool,
+    attention_backend: str | None = None,
 ) -> EngineDescription:
     """`config`: vLLM's, as it is once the engine is up."""
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
@@ -66,6 +72,7 @@ def describe(
     num_layers = model.get_total_num_hidden_layers()
     kv_dtype_bytes = _dtype_bytes(cache.cache_dtype, model.dtype)
     num_tensors = 1 if model.use_mla else 2
+    revision = getattr(getattr(model, "hf_config", None), "_commit_hash", None)
     kv_bytes_per_block = (
         num_tensors * num_layers * num_kv_heads * model.get_head_size() * kv_dtype_bytes * cache.block_size
     )
@@ -79,6 +86,9 @@ def describe(
             num_kv_heads=model.get_total_num_kv_heads(),
             head_dim=model.get_head_size(),
             block_size_tokens=cache.block_size,
+            cache_dtype=str(cache.cache_dtype),
+            attention_backend=attention_backend,
+            weights=weights_identity(settings.model, revision),
         ),
         capacity=WorkerCapacity(
             num_blocks=num_blocks,
@@ -137,6 +147,19 @@ def _dtype_bytes(cache_dtype: str, model_dtype: Any) -> int:
     dtype = model_dtype if cache_dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[cache_dtype]
     num_bytes: int = dtype.itemsize
     return num_bytes
+
+
+def chosen_attention_backend(config: Any) -> str | None:
+    """What vLLM chooses by itself for these settings; the model lies in another process. None: it does
+    not tell here, as where it would have to ask a device."""
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+
+    try:
+        name: str = get_current_attn_backends(config)[0].get_name()
+    except (AssertionError, ImportError, RuntimeError, ValueError) as error:
+        logger.info("attention backend not known: %s", first_line(error))
+        return None
+    return name
 
 
 def _nixl_version() -> str:

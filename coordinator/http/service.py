@@ -40,8 +40,9 @@ def ready(door: Door, exchange: Exchange) -> None:
     """A request would be served: one full prefill/decode pair is up."""
     if door.is_draining:
         raise Draining("this coordinator is draining")
-    if not door.intake.facts().is_ready:
-        raise NoWorkers("no compatible pair of prefill and decode worker is up")
+    facts = door.intake.facts()
+    if not facts.is_ready:
+        raise NoWorkers(facts.why_not_ready or "no pair of prefill and decode worker is up")
     exchange.respond(200, b'{"status":"ready"}')
 
 

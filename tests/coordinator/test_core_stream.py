@@ -105,11 +105,10 @@ def test_a_prefill_worker_that_is_lost_ends_the_decode_leg(bench):
     [
         ({"stream_params": None}, {"stream_params": DECODE}, {}),
         ({"stream_params": PREFILL}, {"stream_params": None}, {}),
-        ({"stream_params": PREFILL, "pipeline_parallel_size": 2}, {"stream_params": DECODE}, {}),
         ({"stream_params": PREFILL}, {"stream_params": DECODE}, {"prompt_logprobs": 1}),
         ({"stream_params": PREFILL}, {"stream_params": DECODE}, {"max_tokens": 1}),
     ],
-    ids=["source-pulls", "destination-pulls", "other-stages", "prompt-logprobs", "one-token"],
+    ids=["source-pulls", "destination-pulls", "prompt-logprobs", "one-token"],
 )
 def test_what_cannot_be_streamed_is_pulled(make_bench, prefill, decode, sampling):
     bench = make_bench()

@@ -10,18 +10,6 @@ from baton.contract.lifecycle import WorkerRole
 P, D = WorkerRole.PREFILL, WorkerRole.DECODE
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("model", "other"), ("engine", "simulated 2"), ("transfer", "nixl 9"), ("dtype", "bfloat16"),
-        ("num_layers", 3), ("num_kv_heads", 4), ("head_dim", 16), ("block_size_tokens", 32),
-    ],
-)  # fmt: skip
-def test_a_worker_that_differs_is_refused_with_the_field(bench, make_registration, field, value):
-    with pytest.raises(RegistrationRefused, match=f"{field} is {value!r}, this fleet has"):
-        bench.core.fleet.check(make_registration("d1", D, **{field: value}), b"d1")
-
-
 def test_another_protocol_is_refused(bench, make_registration):
     with pytest.raises(ProtocolMismatch, match="speaks protocol 99"):
         bench.core.fleet.check(make_registration("d1", D, protocol_version=99), b"d1")

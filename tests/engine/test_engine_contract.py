@@ -212,6 +212,7 @@ def test_describes_itself(pair: Pair):
         assert description.layout.block_size_tokens == BLOCK
         host, _, port = description.transfer_endpoint.rpartition(":")
         assert host and port.isdigit()
+        assert description.layout.attention_backend and description.layout.weights
     assert pair.prefill_is.layout == pair.decode_is.layout
     assert pair.prefill_is.transfer_endpoint != pair.decode_is.transfer_endpoint
 
