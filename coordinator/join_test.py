@@ -294,6 +294,7 @@ class JoinTests:
         )
         event(logger, "join test failed", level=logging.ERROR, worker_id=newcomer.worker_id,
               reason=error.message)  # fmt: skip
+        self._fleet.refused(newcomer.registration, error.message)
         return [Send(newcomer.worker_id, WorkerRefused(error=error.report()))]
 
     def _forget(self, trial: _Trial) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from baton.client.submission import Prompt, build
 from baton.contract import codec
-from baton.contract.errors import PeerError, ProtocolMismatch, QueueFull, error_from_report
+from baton.contract.errors import CoordinatorLost, PeerError, ProtocolMismatch, QueueFull, error_from_report
 from baton.contract.messages import (
     AbortRequest,
     RequestDelta,
@@ -71,7 +71,10 @@ class AsyncBatonClient:
         self._timeout_s = timeout_s
         self._ids = itertools.count(1)
         self._streams: dict[str, AsyncStream] = {}
-        self._channel = DealerChannel(self._on_frames)
+        self._is_lost = False
+        self._channel = DealerChannel(
+            self._on_frames, on_disconnected=self._on_disconnected, on_connected=self._on_connected
+        )
         self._channel.connect(tcp(host, port))
         self._channel.start()
 
@@ -86,8 +89,12 @@ class AsyncBatonClient:
     def submit(self, prompt: Prompt, *, model: str | None = None, **options: Any) -> AsyncStream:
         """Send a request. `options` are the fields of `SamplingSpec` (max_tokens, temperature, ...).
 
-        Raises InvalidRequest for options that cannot work and QueueFull when nothing can be sent.
+        Raises InvalidRequest for options that cannot work, QueueFull when nothing can be sent, and
+        CoordinatorLost between the loss of a coordinator and the next one. (Before the first one is up, a
+        request waits for it.)
         """
+        if self._is_lost:
+            raise CoordinatorLost(f"there is no coordinator at {self.address} any more")
         stream = AsyncStream(self, f"r{next(self._ids)}", self._timeout_s)
         message = build(stream.request_id, prompt, model, options)
         if not self._channel.send(codec.encode(message)):
@@ -105,6 +112,17 @@ class AsyncBatonClient:
         if request_id in self._streams:
             self._channel.send(codec.encode(AbortRequest(request_id=request_id)))
 
+    def _on_connected(self) -> None:
+        self._is_lost = False
+
+    def _on_disconnected(self) -> None:
+        """The requests of this connection are nobody's now; a successor has never heard of them."""
+        self._is_lost = True
+        error = CoordinatorLost(f"the connection to {self.address} was lost").report()
+        for request_id, stream in list(self._streams.items()):
+            del self._streams[request_id]
+            stream._inbox.put_nowait(RequestRefused(request_id=request_id, error=error))
+
     def _on_frames(self, frames: list[bytes]) -> None:
         try:
             message = codec.client_replies.decode(frames[0])
@@ -115,6 +133,8 @@ class AsyncBatonClient:
             if isinstance(message, RequestRefused) and not message.request_id and len(self._streams) == 1:
                 stream = next(iter(self._streams.values()))
             else:
+                if isinstance(message, RequestDelta):  # sent before the loss, reached the successor
+                    self._channel.send(codec.encode(AbortRequest(request_id=message.request_id)))
                 return
         if not isinstance(message, RequestDelta):
             del self._streams[stream.request_id]

@@ -20,6 +20,7 @@
         WorkerIdTaken          another live worker has this id; try again once it is gone
         WorkerLost             a worker died or stopped answering
         CannotResume           so did this one, and its request cannot go on elsewhere
+        CoordinatorLost        the coordinator did; told by its ZeroMQ clients to their callers
         TransferFailed         KV did not arrive, or arrived too late to be trusted
         EngineFailed           the engine reported an error for this request
         PhaseTimeout           a phase made no progress before its deadline
@@ -175,6 +176,10 @@ class WorkerLost(PeerError):
 
 class CannotResume(PeerError):
     code = "cannot_resume"
+
+
+class CoordinatorLost(PeerError):
+    code = "coordinator_lost"
 
 
 class TransferFailed(PeerError):

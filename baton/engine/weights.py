@@ -1,7 +1,8 @@
 """Which weights a model folder holds, told quickly: sizes, and samples of each file.
 
 Reading 140 GB to compare two hosts would take longer than loading them. A fine-tuned copy differs in
-nearly every tensor, so three samples a file tell it apart; one changed byte elsewhere they do not.
+nearly every tensor, so three samples a file tell it apart; one changed byte elsewhere they do not. Other
+settings beside the weights are the join test's business.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 from pathlib import Path
 
 SAMPLE_BYTES = 64 * 1024
-PATTERNS = ("*.safetensors", "*.bin", "*.pt", "config.json")
+PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 
 
 def weights_identity(model: str, revision: str | None = None) -> str | None:

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from baton.contract.codec import MAX_MESSAGE_BYTES
 
@@ -74,10 +75,15 @@ class _Channel(ABC):
 
     def _after_send(self) -> None:
         """Also after one that failed: ZeroMQ looked at its mailbox, and the descriptor is quiet now."""
-        if self._socket.closed or self._wakeup is not None:
-            return
-        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not self._socket.closed and self._wakeup is None:
+            self._has_unread()
+
+    def _has_unread(self) -> bool:
+        """To look quiets the descriptor, so what is found is delivered soon without it."""
+        has_unread = bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        if has_unread:
             self._drain_soon()
+        return has_unread
 
     def _drain(self) -> None:
         self._wakeup = None
@@ -141,17 +147,41 @@ class RouterChannel(_Channel):
 
 class DealerChannel(_Channel):
     """A worker's or client's side: one coordinator, reconnected to by ZeroMQ itself. (An engine that
-    answers questions about its KV events is spoken to the same way.)"""
+    answers questions about its KV events is spoken to the same way.)
+
+    ZeroMQ reconnects without a word, to whoever listens there now. Who must know that the process it spoke
+    with is gone gives `on_disconnected`.
+    """
 
     def __init__(
         self,
         on_frames: Callable[[list[bytes]], None],
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        *,
+        on_disconnected: Callable[[], None] | None = None,
+        on_connected: Callable[[], None] | None = None,
     ) -> None:
+        """`on_disconnected()`: a connection that stood is gone; called after everything that had arrived
+        over it was delivered. `on_connected()`: one stands."""
         super().__init__(zmq.DEALER, context)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
         self._on_frames = on_frames
+        self._watch: _ConnectionWatch | None = None
+        if on_disconnected is not None:
+            self._watch = _ConnectionWatch(
+                self._socket, self._has_unread, on_connected or _ignore, on_disconnected
+            )
+
+    def start(self) -> None:
+        super().start()
+        if self._watch is not None:
+            self._watch.start()
+
+    def close(self, linger_ms: int = 0) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        super().close(linger_ms)
 
     def connect(self, address: str) -> None:
         self._allow_ipv6(address)
@@ -169,6 +199,59 @@ class DealerChannel(_Channel):
 
     def _deliver(self, frames: list[bytes]) -> None:
         self._on_frames(frames)
+
+
+def _ignore() -> None:
+    pass
+
+
+class _ConnectionWatch:
+    """Tells when the one connection of a socket comes and goes, in order with its messages."""
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        has_unread: Callable[[], bool],
+        on_connected: Callable[[], None],
+        on_disconnected: Callable[[], None],
+    ) -> None:
+        self._watched = socket
+        self._has_unread = has_unread
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._fd = int(self._monitor.getsockopt(zmq.FD))
+        self._told = {
+            int(zmq.EVENT_HANDSHAKE_SUCCEEDED): on_connected, int(zmq.EVENT_DISCONNECTED): on_disconnected
+        }  # fmt: skip
+        self._untold: list[int] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_closed = False
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._fd, self._look)
+        self._loop.call_soon(self._look)
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._loop is not None:
+            self._loop.remove_reader(self._fd)
+        self._watched.disable_monitor()
+        self._monitor.close(linger=0)
+
+    def _look(self) -> None:
+        assert self._loop is not None
+        while not self._is_closed:
+            try:
+                self._untold.append(int(recv_monitor_message(self._monitor, zmq.NOBLOCK)["event"]))
+            except zmq.Again:
+                break
+        while self._untold and not self._is_closed:
+            if self._has_unread():
+                self._loop.call_soon(self._look)  # what arrived before goes first
+                return
+            self._told[self._untold.pop(0)]()
 
 
 class SubscriberChannel(_Channel):

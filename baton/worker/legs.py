@@ -23,12 +23,14 @@ NUM_REMEMBERED = 8_192
 """Ended legs that a late start is still recognised by."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Leg:
     handoff_id: str
     request_id: str
     num_prompt_tokens: int
     started_s: float
+    num_output_tokens: int = 0
+    """Told so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +81,25 @@ class LegTable:
 
     def on_step(self, deltas: list[SequenceDelta]) -> tuple[list[SequenceDelta], list[tuple[Leg, str]]]:
         """(deltas to report, legs that ended in this step with their finish reason)"""
-        known = [delta for delta in deltas if delta.handoff_id in self._legs]
-        ended = [
-            (self._end(delta.handoff_id), delta.finish_reason)
-            for delta in known
-            if delta.finish_reason is not None
-        ]
+        known: list[SequenceDelta] = []
+        ended: list[tuple[Leg, str]] = []
+        for delta in deltas:
+            leg = self._legs.get(delta.handoff_id)
+            if leg is None:
+                continue
+            known.append(delta)
+            leg.num_output_tokens += len(delta.token_ids)
+            if delta.finish_reason is not None:
+                ended.append((self._end(delta.handoff_id), delta.finish_reason))
         return known, ended
 
     def end(self, handoff_id: str) -> Leg | None:
         """The engine's last word on a prefill leg or a failed one; None: nobody waits for it."""
         return self._end(handoff_id) if handoff_id in self._legs else None
 
-    def abandon_all(self) -> list[str]:
+    def abandon_all(self) -> list[Leg]:
         """Nobody listens any more: the legs to abort in the engine, whose answers are then dropped."""
-        handoff_ids = list(self._legs)
-        for handoff_id in handoff_ids:
-            self._end(handoff_id)
-        return handoff_ids
+        return [self._end(handoff_id) for handoff_id in list(self._legs)]
 
     def _end(self, handoff_id: str) -> Leg:
         self._ended[handoff_id] = None

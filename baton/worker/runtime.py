@@ -7,8 +7,9 @@ event loop; the only task is the one that calls the three methods, and it does w
 
 Every attempt to register opens a new connection. So whatever was queued for a coordinator that is
 gone is dropped with the old connection, instead of meeting its successor; the successor has never
-heard of those legs. The legs themselves are aborted at once: their clients were connected to the
-coordinator that is gone.
+heard of those legs. The legs themselves are aborted at once, when the connection ends or the successor
+asks who we are: their clients were connected to the coordinator that is gone. KV that a prefill worker
+holds is not: somebody may be reading it. It is freed by its lease.
 
 What the engine's prefix cache gains and loses is numbered by the journal and told as it happens. A
 coordinator that has just accepted us is told all of it: it may be new, or may have missed some.
@@ -213,7 +214,7 @@ class WorkerRuntime:
                 logger, "waiting for coordinator", address=self._coordinator_address,
                 num_attempts=self._registration.num_attempts,
             )  # fmt: skip
-        self._channel = DealerChannel(self._on_frames)
+        self._channel = DealerChannel(self._on_frames, on_disconnected=self._on_disconnected)
         self._channel.connect(self._coordinator_address)
         self._channel.start()
         self._registration.attempted(self._clock.now_s())
@@ -285,13 +286,20 @@ class WorkerRuntime:
         self._num_farewells += 1
         self._send(WorkerLeaving(reason=self.end_reason))
 
+    def _on_disconnected(self) -> None:
+        """Of the connection in use: one that was closed tells nothing any more."""
+        self._coordinator_lost("its connection is gone")
+
     def _coordinator_lost(self, reason: str) -> None:
         if not self._registration.lost():
             return
-        handoff_ids = self._legs.abandon_all()
-        event(logger, "coordinator lost", level=logging.WARNING, reason=reason, num_legs=len(handoff_ids))
-        for handoff_id in handoff_ids:
-            self._engine.abort(handoff_id)
+        legs = self._legs.abandon_all()
+        event(logger, "coordinator lost", level=logging.WARNING, reason=reason, num_legs=len(legs))
+        for leg in legs:
+            # Whoever kept the account is gone: what was computed for whom is known here only.
+            event(logger, "leg abandoned", handoff_id=leg.handoff_id, request_id=leg.request_id,
+                  num_tokens=leg.num_output_tokens)  # fmt: skip
+            self._engine.abort(leg.handoff_id)
         self._changed.set()
 
     # ── from the coordinator ─────────────────────────────────────────────────────────────────
@@ -384,7 +392,8 @@ class WorkerRuntime:
             now_s = self._clock.now_s()
             for leg, finish_reason in ended:
                 event(logger, "leg finished", handoff_id=leg.handoff_id, request_id=leg.request_id,
-                      leg_s=now_s - leg.started_s, finish_reason=finish_reason)  # fmt: skip
+                      leg_s=now_s - leg.started_s, finish_reason=finish_reason,
+                      num_tokens=leg.num_output_tokens)  # fmt: skip
             self._legs_ended()
 
     def on_kv_events(self, events: list[KvEvent]) -> None:
@@ -413,7 +422,8 @@ class WorkerRuntime:
         )
         self._send(message)
         event(logger, "leg finished", handoff_id=leg.handoff_id, request_id=leg.request_id,
-              leg_s=now_s - leg.started_s, kv_bytes=source.num_bytes if source else 0)  # fmt: skip
+              leg_s=now_s - leg.started_s, kv_bytes=source.num_bytes if source else 0,
+              num_tokens=len(finished.delta.token_ids))  # fmt: skip
         self._legs_ended()
 
     def on_leg_failed(self, handoff_id: str, error: ErrorReport) -> None:
@@ -421,7 +431,7 @@ class WorkerRuntime:
         if leg is None:
             return
         event(logger, "leg failed", handoff_id=handoff_id, request_id=leg.request_id, code=error.code,
-              reason=error.message)  # fmt: skip
+              reason=error.message, num_tokens=leg.num_output_tokens)  # fmt: skip
         self._send(LegFailed(handoff_id=handoff_id, error=error))
         self._legs_ended()
 

@@ -14,6 +14,7 @@ import pytest
 from baton.client import AsyncBatonClient, BatonClient
 from baton.contract import codec
 from baton.contract.errors import (
+    CoordinatorLost,
     DuplicateRequest,
     InvalidRequest,
     NoWorkers,
@@ -175,6 +176,40 @@ def test_options_are_checked_before_anything_is_sent():
             client.submit("x", max_tokens=0)
 
     run(scenario)
+
+
+def test_a_coordinator_that_is_gone_is_an_error_at_once_and_its_successor_serves():
+    """
+    1. one stream never gets an answer, then the coordinator is gone: the stream raises, nothing hangs
+    2. until there is another one, a request raises without being sent
+    3. a successor on the same port serves the next one
+    """
+
+    async def scenario() -> None:
+        intake = EchoIntake()
+        door = ZmqDoor(intake, WordEncoder(), Names())
+        address = door.start("tcp://127.0.0.1:*")
+        async with asyncio.timeout(20), AsyncBatonClient(address.removeprefix("tcp://")) as client:
+            assert await collect(client.submit([7, 8])) == [7, 8]
+            stream = client.submit([3])
+            waiting = asyncio.create_task(collect(stream))
+            assert await collect(client.submit([7])) == [7]  # so the one before it has arrived
+            door.close()
+            with pytest.raises(CoordinatorLost, match="connection to 127.0.0.1:.* was lost"):
+                await waiting
+            with pytest.raises(CoordinatorLost, match="no coordinator at"):
+                client.submit([7])
+            successor = ZmqDoor(EchoIntake(), WordEncoder(), Names())
+            successor.start(address)
+            while True:
+                try:
+                    assert await collect(client.submit([9])) == [9]
+                    break
+                except CoordinatorLost:
+                    await asyncio.sleep(0.01)
+            successor.close()
+
+    asyncio.run(scenario())
 
 
 def test_abort_ends_the_stream():

@@ -34,6 +34,44 @@ class Inbox:
                 await self._changed.wait()
 
 
+def test_a_lost_connection_is_told_after_its_last_message_and_so_is_the_next_one():
+    """
+    1. connected, told so; many messages arrive, then the other side is gone: told after the last of them
+    2. somebody else listens there: connected again, without a word from us
+    """
+    count = 3 * DRAIN_BATCH
+
+    async def scenario() -> None:
+        there, story = Inbox(), Inbox()
+        router = RouterChannel(there.from_peer)
+        dealer = DealerChannel(
+            story.plain,
+            on_connected=lambda: story.plain([b"connected"]),
+            on_disconnected=lambda: story.plain([b"lost"]),
+        )
+        address = router.bind("tcp://127.0.0.1:*")
+        dealer.connect(address)
+        router.start()
+        dealer.start()
+        dealer.send(b"hello")
+        await there.wait_for(1)
+        for number in range(count):
+            assert router.send(there.items[0][0], b"%d" % number)
+        router.close(linger_ms=1000)
+        await story.wait_for(count + 2)
+        numbers = [[b"%d" % number] for number in range(count)]
+        assert [frames for _, frames in story.items] == [[b"connected"], *numbers, [b"lost"]]
+        router = RouterChannel(there.from_peer)
+        router.bind(address)
+        router.start()
+        await story.wait_for(count + 3)
+        assert story.items[-1][1] == [b"connected"]
+        dealer.close()
+        router.close()
+
+    asyncio.run(scenario())
+
+
 def test_messages_go_both_ways_and_none_is_left_behind():
     """More messages than one drain takes, sent in one go: the edge-triggered descriptor must not
     leave the rest lying."""

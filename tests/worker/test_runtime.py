@@ -134,6 +134,29 @@ async def test_a_restarted_coordinator_meets_a_worker_without_legs(
     assert coordinator.of(LegFailed) == []
 
 
+async def test_a_coordinator_that_is_gone_ends_its_legs_at_once_successor_or_not(
+    make_coordinator, make_engine, run_runtime, start_decode
+):
+    """
+    1. a leg runs; the coordinator's process ends and nobody takes its place: the leg is aborted, since
+       whoever wanted it was connected there
+    2. a new one comes up on the same port: the worker registers, and serves
+    """
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address):
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_decode("h1"))
+        await engine.expect(1)
+        coordinator.close()
+        assert (await engine.expect(2))[1] == ("abort", "h1")
+        successor = make_coordinator(port=coordinator.port, boot_id="c2")
+        await successor.expect(Heartbeat)
+        successor.send(start_decode("h2"))
+        assert (await engine.expect(3))[2].handoff_id == "h2"
+        engine.finish("h2")
+        await successor.expect(StepOutputs)
+
+
 async def test_a_burst_of_register_again_is_one_registration(make_coordinator, make_engine, run_runtime):
     coordinator = make_coordinator()
     async with run_runtime(make_engine(), coordinator.address):
