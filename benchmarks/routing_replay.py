@@ -79,6 +79,8 @@ def settings(fleet: str, **changes: Any) -> ReplaySettings:
         decode_time=PACE,
         link=kv_link(GPU, is_same_node=False),
         kv_bytes_per_token=SHAPE.kv_bytes_per_token,
+        # What is compared is who prefills, so every prompt is prefilled.
+        has_stay_or_go=False,
         **changes,
     )
 

@@ -12,6 +12,8 @@ length: from equal ones nobody can tell what half of one costs. Until then every
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from baton.policy.ledger import WorkerAccount
 from baton.policy.stay_or_go import Pace
 from baton.step_time.base import prefill_pairs
@@ -87,6 +89,31 @@ class FleetPace:
         clock.last_s = now_s if is_busy else None
         if last_s is not None and num_decodes and not account.num_waiting:
             self.stepped(num_decodes, account.num_kv_tokens, now_s - last_s)
+
+    def heard_row(
+        self,
+        clock: StepClock,
+        account: WorkerAccount,
+        num_decodes: int,
+        num_steps: int,
+        end_s: Callable[[int], float],
+    ) -> None:
+        """As `heard_step` for each of several steps of the same sequences, one right after the other;
+        before their tokens are put on the account. `end_s(n)`: when the n-th of them ended, from 1."""
+        if account.num_waiting or not num_decodes:
+            clock.last_s = None
+            return
+        start_s = clock.last_s
+        first = 1 if start_s is not None else 2
+        num_context_tokens = account.num_kv_tokens
+        skipped = -(self._num_steps + 1) % STEPS_PER_MEASUREMENT
+        for n in range(first + skipped, num_steps + 1, STEPS_PER_MEASUREMENT):
+            began_s = end_s(n - 1) if n > 1 else start_s
+            assert began_s is not None
+            context = num_context_tokens + num_decodes * (n - 1)
+            self._decode.add((1.0, float(num_decodes), float(context)), end_s(n) - began_s)
+        self._num_steps += max(0, num_steps + 1 - first)
+        clock.last_s = end_s(num_steps) if account.load.num_running > 0 else None
 
     def handed_over(self, num_bytes: float, handoff_s: float) -> None:
         self._num_handoffs += 1

@@ -150,6 +150,7 @@ def _settings(arguments: argparse.Namespace, trace: Trace) -> ReplaySettings:
         kv_bytes_per_token=shape.kv_bytes_per_token,
         expected_output_tokens=arguments.expected_output,
         prefill_window_tokens=arguments.prefill_window,
+        has_stay_or_go=not arguments.no_stay,
         report_delay_s=arguments.report_delay,
         has_guard=arguments.guard,
         queue_timeout_s=arguments.queue_timeout,

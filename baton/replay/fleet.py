@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from baton.contract.messages import KvEvent, WorkerCapacity, WorkerLoad
+from baton.policy.chooser import Chooser
 from baton.policy.expectations import Expectations
+from baton.policy.fleet_pace import FleetPace, StepClock
 from baton.policy.hotspot import HotspotGuard
 from baton.policy.kv_feed import KvFeeds
 from baton.policy.kv_index import KvIndex
@@ -33,6 +35,9 @@ class Member:
     is_beginning: bool = False
     version: int = 0
     """Of its planned end: an end that was cut short is still in the queue of events, with an older one."""
+    step_clock: StepClock = field(default_factory=StepClock)
+    num_heard: int = 0
+    """Steps of its plan that the coordinator has heard of."""
 
 
 class Fleet:
@@ -51,12 +56,15 @@ class Fleet:
             self.index = KvIndex(block, seed=settings.seed)
             self.feeds = KvFeeds(self.index)
         self.guard = HotspotGuard() if settings.has_guard else None
+        self.pace: FleetPace | None = None
+        """None: stay or go is never a question, and what decode workers hold and do is not followed."""
+        if settings.has_stay_or_go and self.index is not None and not shape.is_colocated:
+            self.pace = FleetPace(settings.pace)
         pools = {role: Pool() for role in ("prefill", "decode", "both")}
         self.members: list[Member] = []
         roles = ["prefill"] * shape.num_prefill + ["decode"] * shape.num_decode + ["both"] * shape.num_both
         for number, role in enumerate(roles):
-            # What a decode worker holds decides nothing here, so it does not tell.
-            has_events = self.index is not None and role != "decode"
+            has_events = self.index is not None and (role != "decode" or self.pace is not None)
             scheduler = settings.prefill_scheduler if role == "prefill" else settings.decode_scheduler
             worker = SimulatedWorker(
                 replace(
@@ -82,7 +90,8 @@ class Fleet:
                 None if role == "decode" else settings.prefill_window_tokens,
             )
             account.observe(worker.load())  # as the first heartbeat: progress counts from here
-            pools[role].add(account)
+            for pool in ("prefill", "decode", "both") if role == "both" else (role,):
+                pools[pool].add(account)
             self.members.append(Member(number, worker, account, has_events))
             if has_events:
                 self.feeds.joined(account.slot, BOOT_ID)
@@ -103,6 +112,11 @@ class Fleet:
             guard=self.guard,
             seed=settings.seed,
         )
+        self.chooser = Chooser(self.router, self.pace)
+        self.followed: list[Member] = []
+        """Workers whose decode steps matter to stay-or-go."""
+        if self.pace is not None:
+            self.followed = self.members[shape.num_prefill :]
 
     def heard(self, member: Member, sequence: int, events: tuple[KvEvent, ...], load: WorkerLoad) -> None:
         """A worker's report of one step has reached the coordinator."""

@@ -23,7 +23,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("trace", nargs="+", metavar="TRACE", help="trace files, see docs/workloads.md")
-    add("--fleet", type=_value(parse_fleet), default=parse_fleet("4P4D"), help="8P8D or 16both; default 4P4D")
+    add(
+        "--fleet",
+        type=_value(parse_fleet),
+        default=parse_fleet("4P4D"),
+        help="8P8D, 16both or 4P4D2both; default 4P4D",
+    )
     add(
         "--policy", type=_policies, default=[registry.DEFAULT_PREFILL], metavar="A,B",
         help=f"prefill policies (of a `both` fleet: its policy): {', '.join(registry.NAMES)}; parameters "
@@ -62,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
         help=f"step order on decode and colocated workers: {', '.join(SCHEDULERS)}")  # fmt: skip
     add("--prefill-scheduler", default="fcfs", metavar="NAME", help="step order on prefill workers")
     add("--swap", action="store_true", help="KV of preempted requests waits in host memory over PCIe")
+    add("--no-stay", action="store_true",
+        help="no prompt is computed by the decode worker that holds most of it")  # fmt: skip
     add("--prefill-window", type=int, metavar="N", help="prompt tokens a prefill worker takes ahead")
     add("--expected-output", type=int, default=EXPECTED_OUTPUT_TOKENS, metavar="N",
         help="output tokens reserved for at dispatch; default %(default)s")  # fmt: skip

@@ -21,8 +21,8 @@ class Request:
 
     __slots__ = (
         "arrival_s", "decode", "dispatched_s", "finished_s", "first_token_s", "hashes", "hits", "index",
-        "is_expired", "leg_id", "num_cached_tokens", "num_output_tokens", "num_predicted_tokens",
-        "num_prompt_tokens", "packed", "prefill",
+        "is_alone", "is_expired", "is_stay", "leg_id", "num_bytes_to_move", "num_cached_tokens",
+        "num_output_tokens", "num_predicted_tokens", "num_prompt_tokens", "packed", "prefill", "prefilled_s",
     )  # fmt: skip
 
     def __init__(self, index: int, arrival_s: float, num_prompt_tokens: int, num_output_tokens: int) -> None:
@@ -37,7 +37,14 @@ class Request:
         self.prefill = -1
         """Number of the worker, -1 before dispatch."""
         self.decode = -1
+        self.is_stay = False
+        """The decode worker computes the prompt, since it holds most of it."""
+        self.is_alone = False
+        """No other prompt waited where it is computed."""
+        self.num_bytes_to_move = 0
+        """KV that the decode worker did not hold when it was chosen."""
         self.dispatched_s = 0.0
+        self.prefilled_s = 0.0
         self.first_token_s = 0.0
         self.finished_s = 0.0
         self.num_predicted_tokens = 0
@@ -57,6 +64,14 @@ class Prompts:
             known, numbers = np.unique(np.concatenate(list(trace.block_hashes)), return_inverse=True)
             self._num_known = len(known)
             self._numbers = np.split((numbers + 1).astype(np.uint32), np.cumsum(lengths)[:-1])
+
+    def with_first_token(self, request: Request) -> bytes:
+        """`packed` for a decode worker that continues from the first token. It makes a block full that
+        the prompt leaves one short; then it is one of the tokens that block's hash stands for."""
+        packed, block_size = request.packed, self._trace.block_size_tokens
+        if self.has_hashes and (request.num_prompt_tokens + 1) % block_size == 0:
+            packed += packed[-TOKEN_DTYPE.itemsize :]
+        return packed
 
     @property
     def has_hashes(self) -> bool:

@@ -50,11 +50,13 @@ class ReplayResult:
     num_prompt_tokens: Ints
     num_output_tokens: Ints
     num_cached_tokens: Ints
-    """Of each prompt, found by its prefill worker."""
+    """Of each prompt, found by the worker that computed it."""
     num_predicted_tokens: Ints
     """The same, as the router expected."""
     prefill_worker: Ints
     decode_worker: Ints
+    is_stay: NDArray[np.bool_]
+    """Computed where it was decoded although another worker was chosen for prefill."""
     is_served: NDArray[np.bool_]
     """Not: it waited longer than the queue's time-out."""
     busy_s: Floats
@@ -83,12 +85,22 @@ class ReplayResult:
         return int(self.num_cached_tokens[self.is_served].sum()) / prompts if prompts else 0.0
 
     @property
+    def stay_ratio(self) -> float:
+        """Served requests whose prompt stayed with their decode worker, over all served."""
+        return float(self.is_stay[self.is_served].mean()) if self.is_served.any() else 0.0
+
+    @property
     def num_rejected(self) -> int:
         return int((~self.is_served).sum())
 
     @property
     def makespan_s(self) -> float:
         return float(self.finished_s[self.is_served].max() - self.arrival_s.min())
+
+    @property
+    def num_stayed(self) -> int:
+        """Prompts that a decode worker computed because it held most of them."""
+        return int(self.is_stay.sum())
 
     @property
     def throughput_per_s(self) -> float:
@@ -116,7 +128,8 @@ class ReplayResult:
     @property
     def prefill_imbalance(self) -> float:
         fleet = self.settings.fleet
-        return self.imbalance(range(fleet.num_prefill or fleet.num_both))
+        both = range(fleet.num_prefill + fleet.num_decode, fleet.num_workers)
+        return self.imbalance([*range(fleet.num_prefill), *both])
 
     @property
     def decode_imbalance(self) -> float:
@@ -148,6 +161,7 @@ def result_of(
         num_predicted_tokens=np.array([r.num_predicted_tokens for r in requests], np.int64),
         prefill_worker=np.array([r.prefill for r in requests], np.int64),
         decode_worker=np.array([r.decode for r in requests], np.int64),
+        is_stay=np.array([r.is_stay for r in requests], np.bool_),
         is_served=np.array([not r.is_expired for r in requests], np.bool_),
         busy_s=np.array([member.worker.busy_s for member in fleet.members]),
         num_preemptions=sum(member.worker.num_preemptions for member in fleet.members),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from baton.policy.base import Policy
+from baton.policy.stay_or_go import Pace
 from baton.simulation import SimulatedWorkerSettings
 from baton.step_time import KvLink, StepTime
 
@@ -19,25 +20,29 @@ class FleetShape:
     num_prefill: int
     num_decode: int
     num_both: int = 0
-    """Workers that serve both phases; then there are no others."""
+    """Workers that serve both phases."""
 
     def __str__(self) -> str:
-        return f"{self.num_both}both" if self.num_both else f"{self.num_prefill}P{self.num_decode}D"
+        split = f"{self.num_prefill}P{self.num_decode}D" if self.num_prefill or self.num_decode else ""
+        return split + (f"{self.num_both}both" if self.num_both else "")
 
     @property
     def num_workers(self) -> int:
         return self.num_prefill + self.num_decode + self.num_both
 
+    @property
+    def is_colocated(self) -> bool:
+        """There are only workers that serve both phases."""
+        return not self.num_prefill and not self.num_decode
+
 
 def parse_fleet(text: str) -> FleetShape:
-    """`8P8D` or `16both`. Raises ValueError saying so."""
-    split = re.fullmatch(r"(\d+)[pP](\d+)[dD]", text)
-    if split and int(split[1]) and int(split[2]):
-        return FleetShape(int(split[1]), int(split[2]))
-    both = re.fullmatch(r"(\d+)both", text)
-    if both and int(both[1]):
-        return FleetShape(0, 0, int(both[1]))
-    raise ValueError(f"a fleet is written like 8P8D or 16both, not {text!r}")
+    """`8P8D`, `16both` or `4P4D2both`. Raises ValueError saying so."""
+    found = re.fullmatch(r"(?:(\d+)[pP](\d+)[dD])?(?:(\d+)both)?", text)
+    # A number that is there is at least 1.
+    if text and found and all(number is None or int(number) for number in found.groups()):
+        return FleetShape(*(int(number or 0) for number in found.groups()))
+    raise ValueError(f"a fleet is written like 8P8D, 16both or 4P4D2both, not {text!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +62,10 @@ class ReplaySettings:
     expected_output_tokens: int = EXPECTED_OUTPUT_TOKENS
     prefill_window_tokens: int | None = None
     """Prompt tokens ahead of a prefill worker beyond which prompts wait at the coordinator."""
+    has_stay_or_go: bool = True
+    """As the coordinator: a prompt may be computed by the decode worker that holds most of it."""
+    pace: Pace | None = None
+    """What stay-or-go counts with; None: learnt on the way, as by a coordinator that just started."""
     first_token_by: Literal["prefill", "decode"] = "prefill"
     """Who says the first token. By decode it comes after the transfer and one decode step."""
     report_delay_s: float = 0.0

@@ -2,9 +2,10 @@
 
     arrival ─> queue ─> decode reserved, prefill chosen ─> prefill ─> transfer ─> decode ─> end
 
-Decisions are made by the production code (`baton.policy`) in the coordinator's order: room on a
-decode worker first, then the prefill worker, first come first served; what finds no room waits.
-Colocated workers get one leg that does both. Workers are stepped only when something happens to
+Decisions are made by the production code (`baton.policy.chooser`): room on a decode worker first, then
+the prefill worker, then whether the prompt stays with the decode worker; first come first served;
+what finds no room waits. A prompt that stays, or lands on one worker for both phases, is one leg
+that does both. Workers are stepped only when something happens to
 them: while a batch just decodes, hundreds of steps are one event (`SimulatedWorker.begin_step`), cut
 short when somebody joins.
 
@@ -20,13 +21,13 @@ from time import process_time
 from typing import Any
 
 from baton.policy.base import RequestFacts
-from baton.policy.ledger import WorkerAccount
-from baton.policy.room import num_blocks_wanted
+from baton.policy.chooser import commit
 from baton.replay.fleet import Fleet, Member
+from baton.replay.listening import Listener
 from baton.replay.requests import Prompts, Request
 from baton.replay.result import ReplayResult, result_of
 from baton.replay.settings import ReplaySettings
-from baton.simulation import StepResult
+from baton.simulation import FinishedLeg, StepResult
 from baton.workload import Trace, WorkloadError
 
 _MAX_STEPS = 1 << 20
@@ -50,7 +51,6 @@ class _Replay:
         self._on_finished = on_finished
         self._check_sizes()
         self._fleet = Fleet(settings, trace)
-        self._is_colocated = settings.fleet.num_both > 0
         self._prompts = Prompts(trace)
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._num_events = 0
@@ -65,6 +65,10 @@ class _Replay:
                 strict=True,
             )
         ]
+        self._listener: Listener | None = None
+        if self._fleet.pace is not None:
+            is_late = settings.report_delay_s > 0
+            self._listener = Listener(self._fleet, self._fleet.pace, self._requests, is_late=is_late)
         self._next_turn: dict[int, int] = {}
         self._num_finished = 0
         self._now_s = 0.0
@@ -142,80 +146,46 @@ class _Replay:
             self._pump()  # those behind it may fit
 
     def _dispatch(self, request: Request, *, is_fresh: bool) -> bool:
-        router, now_s = self._fleet.router, self._now_s
+        fleet, now_s, leg_id = self._fleet, self._now_s, request.leg_id
         facts = RequestFacts(
             num_prompt_tokens=request.num_prompt_tokens,
             num_expected_output_tokens=self._settings.expected_output_tokens,
         )
-        if self._is_colocated:
-            return self._dispatch_colocated(request, facts, is_fresh=is_fresh)
-        decode = router.place_decode(facts, now_s, request.hits)
-        if decode is None:
-            return False
+        if self._listener is not None:
+            self._listener.catch_up(now_s)
         if not is_fresh and request.hits is not None:
-            request.hits = router.refreshed(request.hits)
-        prefill = router.choose_prefill(facts, request.hits, now_s)
-        if prefill is None:
+            request.hits = fleet.router.refreshed(request.hits)
+        chosen = fleet.chooser.choose(facts, request.hits, now_s)
+        if chosen is None:
             return False
-        leg_id, num_prompt_tokens = request.leg_id, request.num_prompt_tokens
-        account = prefill.choice.account
-        request.num_predicted_tokens = prefill.choice.hit_tokens
-        account.commit(
-            leg_id,
-            num_queued_tokens=num_prompt_tokens - request.num_predicted_tokens,
-            num_blocks=account.num_blocks_for(num_prompt_tokens),
-            num_kv_tokens=num_prompt_tokens,
-        )
-        decode.commit(
-            leg_id,
-            num_queued_tokens=0,
-            num_blocks=num_blocks_wanted(facts, decode),
-            num_kv_tokens=num_prompt_tokens,
-        )
-        router.committed(leg_id, prefill, request.hits)
-        member = self._sent(request, account, decode)
-        member.worker.add_prefill(
-            leg_id, num_prompt_tokens, request.hashes, now_s, keep_kv=True, packed=request.packed
-        )
-        self._kick(member)
-        return True
-
-    def _dispatch_colocated(self, request: Request, facts: RequestFacts, *, is_fresh: bool) -> bool:
-        router, now_s = self._fleet.router, self._now_s
-        if not is_fresh and request.hits is not None:
-            request.hits = router.refreshed(request.hits)
-        choice = router.choose_colocated(facts, request.hits, now_s)
-        if choice is None:
-            return False
-        account, leg_id = choice.choice.account, request.leg_id
-        request.num_predicted_tokens = choice.choice.hit_tokens
-        account.commit(
-            leg_id,
-            num_queued_tokens=request.num_prompt_tokens - request.num_predicted_tokens,
-            num_blocks=num_blocks_wanted(facts, account),
-            num_kv_tokens=request.num_prompt_tokens,
-        )
-        router.committed(leg_id, choice, request.hits)
-        member = self._sent(request, account, account)
-        member.worker.add_decode(
-            leg_id,
-            request.num_prompt_tokens,
-            request.num_output_tokens,
-            request.hashes,
-            now_s,
-            is_kv_on_its_way=False,
-            packed=request.packed,
-        )
-        self._kick(member)
-        return True
-
-    def _sent(self, request: Request, prefill: WorkerAccount, decode: WorkerAccount) -> Member:
-        by_slot = self._fleet.by_slot
-        member = by_slot[prefill.slot]
-        request.prefill, request.decode = member.number, by_slot[decode.slot].number
-        request.dispatched_s = self._now_s
+        computing, decode = chosen.computing, chosen.decode
+        assert computing is not None and decode is not None
+        committed = commit(chosen, leg_id, facts, request.hits)
+        chosen.learn(fleet.router, leg_id, request.hits, now_s)
+        member = fleet.by_slot[computing.slot]
+        request.prefill, request.decode = member.number, fleet.by_slot[decode.slot].number
+        request.is_stay = chosen.stays
+        request.is_alone = committed.is_alone
+        request.num_predicted_tokens = committed.num_hit_tokens
+        request.num_bytes_to_move = committed.num_bytes_to_move
+        request.dispatched_s = now_s
         request.hits = None
-        return member
+        if computing is decode:
+            member.worker.add_decode(
+                leg_id,
+                request.num_prompt_tokens,
+                request.num_output_tokens,
+                request.hashes,
+                now_s,
+                is_kv_on_its_way=False,
+                packed=request.packed,
+            )
+        else:
+            member.worker.add_prefill(
+                leg_id, request.num_prompt_tokens, request.hashes, now_s, keep_kv=True, packed=request.packed
+            )
+        self._kick(member)
+        return True
 
     def _ended(self, request: Request) -> None:
         self._num_finished += 1
@@ -269,27 +239,33 @@ class _Replay:
     def _release_source(self, request: Request) -> None:
         source = self._fleet.members[request.prefill]
         source.worker.release(request.leg_id)
-        source.account.release(request.leg_id)
+        if self._listener is None:  # who listens hears of it with the first token
+            source.account.release(request.leg_id)
 
     def _step_ended(self, member: Member, version: int) -> None:
         if version != member.version:
             return
+        plan = member.worker.plan
+        assert plan is not None
         result = member.worker.end_step()
         self._report(member, result)
         requests, now_s = self._requests, self._now_s
+        if self._listener is not None and result.tokens:
+            with_tokens = [leg_id for leg_id, _ in result.tokens]
+            self._listener.ended(member, plan, with_tokens, result.first_tokens)
         for finished in result.finished_prefills:
-            self._prefill_finished(member, requests[int(finished.leg_id)], finished.num_cached_tokens)
+            self._prefill_finished(member, requests[int(finished.leg_id)], finished)
         for leg_id in result.first_tokens:
             request = requests[int(leg_id)]
             if not request.first_token_s:
                 request.first_token_s = result.first_end_s
-                if self._is_colocated:
+                if request.prefill == request.decode:
                     member.account.prefill_done(leg_id)
                     self._fleet.router.leg_ended(leg_id)
         for finished in result.finished:
             request = requests[int(finished.leg_id)]
             request.finished_s = now_s
-            if self._is_colocated:
+            if request.prefill == request.decode:
                 request.num_cached_tokens = finished.num_cached_tokens
             member.account.release(finished.leg_id)
             self._ended(request)
@@ -298,7 +274,8 @@ class _Replay:
             self._pump()
 
     def _report(self, member: Member, result: StepResult) -> None:
-        if not result.events and not result.num_prefill_tokens:
+        is_followed = self._listener is not None and bool(result.tokens)
+        if not (result.events or result.num_prefill_tokens or is_followed):
             return
         sequence = member.num_batches
         if result.events:
@@ -313,14 +290,17 @@ class _Replay:
         self._fleet.heard(*report)
         self._pump()  # progress makes room in a window
 
-    def _prefill_finished(self, member: Member, request: Request, num_cached_tokens: int) -> None:
-        leg_id, now_s = request.leg_id, self._now_s
+    def _prefill_finished(self, member: Member, request: Request, finished: FinishedLeg) -> None:
+        leg_id, now_s, num_cached_tokens = request.leg_id, self._now_s, finished.num_cached_tokens
         request.num_cached_tokens = num_cached_tokens
-        account = member.account
+        request.prefilled_s = now_s
+        account, pace = member.account, self._fleet.pace
+        if pace is not None and request.is_alone:
+            num_new_tokens = request.num_prompt_tokens - num_cached_tokens
+            pace.prefilled(num_new_tokens, num_cached_tokens, now_s - finished.first_step_s)
         account.correct(leg_id, num_uncached_tokens=request.num_prompt_tokens - num_cached_tokens)
         account.prefill_done(leg_id)
         self._fleet.router.leg_ended(leg_id)
-        request.packed = b""
         num_given = 1 if self._settings.first_token_by == "prefill" else 0
         if num_given:
             request.first_token_s = now_s
@@ -328,10 +308,14 @@ class _Replay:
         if request.num_output_tokens == num_given:
             request.finished_s = now_s
             self._release_source(request)
+            account.release(leg_id)
             decode.account.release(leg_id)
             self._ended(request)
             return
         is_free = self._settings.link is None
+        packed = b""
+        if decode.has_events:
+            packed = self._prompts.with_first_token(request) if num_given else request.packed
         decode.worker.add_decode(
             leg_id,
             request.num_prompt_tokens + num_given,
@@ -340,7 +324,9 @@ class _Replay:
             now_s,
             is_kv_on_its_way=not is_free,
             is_kv_here=is_free,
+            packed=packed,
         )
+        request.packed = b""
         if is_free:
             self._release_source(request)
         self._kick(decode)

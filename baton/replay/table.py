@@ -46,6 +46,7 @@ def _numbers(result: ReplayResult, slo: Slo) -> dict[str, float]:
         **{f"tpot_{name}_s": value for name, value in asdict(tpot).items()},
         "goodput": result.goodput(slo),
         "hit_ratio": result.hit_ratio,
+        "stay_ratio": result.stay_ratio,
         "prefill_imbalance": result.prefill_imbalance,
         "decode_imbalance": result.decode_imbalance,
         "num_rejected": result.num_rejected,
@@ -56,7 +57,7 @@ def _numbers(result: ReplayResult, slo: Slo) -> dict[str, float]:
 
 HEADER = (
     "trace", "req/s", "policy", "TTFT mean", "p50", "p95", "p99 ms", "TPOT mean", "p50", "p95", "p99 ms",
-    "goodput", "hits", "P max/mean", "D max/mean", "rejected", "req/CPU-s",
+    "goodput", "hits", "stayed", "P max/mean", "D max/mean", "rejected", "req/CPU-s",
 )  # fmt: skip
 
 
@@ -72,6 +73,7 @@ def cells(row: Row, slo: Slo) -> tuple[str, ...]:
         *(f"{n[f'tpot_{name}_s'] * 1e3:.2f}" for name in names),
         f"{n['goodput']:.1%}",
         f"{n['hit_ratio']:.1%}",
+        f"{n['stay_ratio']:.1%}",
         f"{n['prefill_imbalance']:.2f}",
         f"{n['decode_imbalance']:.2f}",
         f"{n['num_rejected']:g}",

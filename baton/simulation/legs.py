@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -85,6 +86,28 @@ class PlannedStep(NamedTuple):
     start_s: float
     end_s: float
     """Of the last."""
+    first_s: float
+    """How long the first takes."""
+
+    @property
+    def _more_s(self) -> float:
+        """By which each takes longer than the one before: always the same."""
+        num_steps = self.num_steps
+        if num_steps == 1:
+            return 0.0
+        return 2 * ((self.end_s - self.start_s) / num_steps - self.first_s) / (num_steps - 1)
+
+    def step_end_s(self, number: int) -> float:
+        """When the so-manyth step ends, from 1."""
+        return self.start_s + number * (self.first_s + self._more_s * (number - 1) / 2)
+
+    def num_ended(self, now_s: float) -> int:
+        """Steps that end at `now_s` or before."""
+        elapsed_s, half_more_s = now_s - self.start_s, self._more_s / 2
+        # Of the root's two forms the one that also holds where `half_more_s` is 0.
+        linear_s = self.first_s - half_more_s
+        root = linear_s + math.sqrt(max(0.0, linear_s**2 + 4 * half_more_s * elapsed_s))
+        return min(self.num_steps, int(2 * elapsed_s / root)) if root > 0.0 else self.num_steps
 
 
 class Fetch(NamedTuple):

@@ -74,6 +74,11 @@ class SimulatedWorker:
         """The step in progress."""
         return self._plan
 
+    @property
+    def decoding(self) -> Sequence[Leg]:
+        """Legs that get a token from each step of `plan`."""
+        return self._decodes
+
     def leg(self, leg_id: str) -> Leg | None:
         return self._legs.get(leg_id)
 
@@ -249,7 +254,9 @@ class SimulatedWorker:
             if leg.first_step_s is None:
                 leg.first_step_s = now_s
         work = StepWork(num_prefill_tokens, pairs, len(decodes), num_context_tokens)
-        self._plan = PlannedStep(work, num_steps, now_s, now_s + self._steps_s(work, num_steps))
+        first_s = self.step_time.step_s(work)
+        end_s = now_s + self._steps_s(work, num_steps, first_s)
+        self._plan = PlannedStep(work, num_steps, now_s, end_s, first_s)
         return self._plan
 
     def cut(self, now_s: float) -> float:
@@ -261,13 +268,13 @@ class SimulatedWorker:
             low, high = 1, plan.num_steps
             while low < high:
                 middle = (low + high) // 2
-                if self._steps_s(plan.work, middle) >= elapsed_s:
+                if self._steps_s(plan.work, middle, plan.first_s) >= elapsed_s:
                     high = middle
                 else:
                     low = middle + 1
             if low < plan.num_steps:
-                plan = PlannedStep(plan.work, low, plan.start_s, plan.start_s + self._steps_s(plan.work, low))
-                self._plan = plan
+                end_s = plan.start_s + self._steps_s(plan.work, low, plan.first_s)
+                plan = self._plan = plan._replace(num_steps=low, end_s=end_s)
         return plan.end_s
 
     def end_step(self) -> StepResult:
@@ -279,7 +286,7 @@ class SimulatedWorker:
         self.busy_s += now_s - plan.start_s
         result = StepResult(num_steps, now_s, now_s)
         if num_steps > 1:
-            result.first_end_s = plan.start_s + self.step_time.step_s(plan.work)
+            result.first_end_s = plan.start_s + plan.first_s
         result.preempted, self._preempted = self._preempted, []
         legs, block_size = self._legs, self.settings.block_size_tokens
         tokens, num_missing = result.tokens, 0
@@ -329,9 +336,9 @@ class SimulatedWorker:
 
     # ── inside a step ────────────────────────────────────────────────────────────────────────
 
-    def _steps_s(self, work: StepWork, num_steps: int) -> float:
+    def _steps_s(self, work: StepWork, num_steps: int, first_s: float) -> float:
         if num_steps == 1:
-            return self.step_time.step_s(work)
+            return first_s
         # Each reads one more token per leg than the one before, and time is linear in that.
         last = StepWork(
             work.num_prefill_tokens,
@@ -339,7 +346,7 @@ class SimulatedWorker:
             work.num_decodes,
             work.num_context_tokens + work.num_decodes * (num_steps - 1),
         )
-        return num_steps * (self.step_time.step_s(work) + self.step_time.step_s(last)) / 2
+        return num_steps * (first_s + self.step_time.step_s(last)) / 2
 
     def _add_chunk(self, leg: Leg, budget: int) -> int:
         """The next part of a prompt. As in vLLM its blocks can be found by whoever is planned after it,

@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-from baton.policy.fleet_pace import MIN_MEASURED, STEPS_PER_MEASUREMENT, FleetPace
+from baton.contract.messages import WorkerCapacity, WorkerLoad
+from baton.policy.fleet_pace import MIN_MEASURED, STEPS_PER_MEASUREMENT, FleetPace, StepClock
+from baton.policy.ledger import Ledger
 from baton.settings import SettingsError
 from baton.step_time.base import StepWork, prefill_pairs
 from baton.step_time.profile import LinkFit, save_profile
@@ -69,6 +71,42 @@ def test_what_was_measured_is_predicted():
     assert known.decode.step_s(mixed) == pytest.approx(0.005 + 4e-4 + 4e-5 + prompt_s, rel=1e-3)
     assert known.handoff_s == pytest.approx(0.004, rel=1e-3)
     assert known.handoff_per_byte_s == pytest.approx(1e-9, rel=1e-3)
+
+
+def test_a_row_of_steps_teaches_what_its_steps_teach():
+    """Random rows, some after a pause, some beside a waiting prompt, some with which the worker is done."""
+    draw = random.Random(4)
+    ledger = Ledger()
+    capacity = WorkerCapacity(num_blocks=10_000, max_batch_size=64, max_model_len=9999, kv_bytes_per_block=1)
+    one, many = (ledger.open(name, capacity, 16) for name in "ab")
+    in_steps, in_rows = FleetPace(), FleetPace()
+    clocks = StepClock(), StepClock()
+    for account in (one, many):
+        account.commit("leg", num_queued_tokens=0, num_blocks=10, num_kv_tokens=50)
+    now_s = 0.0
+    for _ in range(200):
+        num_steps, num_decodes = draw.randint(1, 30), draw.randint(0, 5)
+        ends_s = [now_s + (n + 1) * 0.01 + n * n * 1e-5 for n in range(num_steps)]
+        now_s = ends_s[-1] + draw.choice([0.0, 0.5])
+        is_waiting, last = draw.random() < 0.2, WorkerLoad(num_running=draw.choice([0, 3]))
+        for account in (one, many):
+            account.observe(WorkerLoad(num_running=3))
+            if is_waiting:
+                account.commit("prompt", num_queued_tokens=5, num_blocks=1)
+        for n, end_s in enumerate(ends_s):
+            if n == num_steps - 1:
+                one.observe(last)
+            in_steps.heard_step(clocks[0], one, num_decodes, end_s)
+            one.grow("leg", num_decodes)
+        many.observe(last)
+        in_rows.heard_row(clocks[1], many, num_decodes, num_steps, [0.0, *ends_s].__getitem__)
+        many.grow("leg", num_decodes * num_steps)
+        for account in (one, many):
+            account.release("prompt")
+        assert clocks[0].last_s == clocks[1].last_s
+    assert in_steps._decode._products == in_rows._decode._products
+    assert in_steps._decode._targets == in_rows._decode._targets
+    assert in_steps.num_measured["decode"] > 100
 
 
 def test_a_given_pace_is_known_at_once():

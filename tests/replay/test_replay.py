@@ -120,7 +120,7 @@ def test_one_colocated_worker_is_the_naive_worker(seed: int, num_blocks: int):
         assert result.makespan_s >= 0.95 * naive.now_s
 
 
-@pytest.mark.parametrize("fleet", ["1P1D", "3P2D", "4both"])
+@pytest.mark.parametrize("fleet", ["1P1D", "3P2D", "4both", "1P1D2both"])
 @pytest.mark.parametrize(
     "more",
     [
@@ -245,14 +245,19 @@ def test_what_fits_nobody_is_said_before_anything_runs():
 
 @pytest.mark.parametrize(
     ("text", "shape"),
-    [("8P8D", FleetShape(8, 8)), ("1p2d", FleetShape(1, 2)), ("16both", FleetShape(0, 0, 16))],
+    [
+        ("8P8D", FleetShape(8, 8)),
+        ("1p2d", FleetShape(1, 2)),
+        ("16both", FleetShape(0, 0, 16)),
+        ("4P3D2both", FleetShape(4, 3, 2)),
+    ],
 )
 def test_fleets(text: str, shape: FleetShape):
     assert parse_fleet(text) == shape
     assert str(shape).lower() == text.lower()
 
 
-@pytest.mark.parametrize("text", ["8P", "0P1D", "both", "0both", "8P8D4E"])
+@pytest.mark.parametrize("text", ["", "8P", "0P1D", "both", "0both", "1P1D0both", "8P8D4E"])
 def test_no_fleets(text: str):
-    with pytest.raises(ValueError, match="8P8D or 16both"):
+    with pytest.raises(ValueError, match="8P8D, 16both or 4P4D2both"):
         parse_fleet(text)
