@@ -28,6 +28,7 @@ from baton.contract.messages import (
     RequestReport,
     SchedulerCounters,
     StepOutputs,
+    StillThere,
     WorkerAccepted,
     WorkerLeaving,
     WorkerRefused,
@@ -65,7 +66,7 @@ class Coordinator:
         self._heartbeat_interval_s = heartbeat_interval_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._decision_log = decision_log
-        self._fleet_channel = RouterChannel(self._on_worker_frames)
+        self._fleet_channel = RouterChannel(self._on_worker_frames, on_disconnect=self._look_for_lost)
         self._ticker: asyncio.Task[None] | None = None
         self.on_finished: list[Callable[[RequestReport], None]] = []
         """Called for each request's end, before its client hears it."""
@@ -113,9 +114,9 @@ class Coordinator:
             for worker in list(self._core.fleet):
                 silent_s = now_s - worker.last_heard_s
                 if silent_s > self._heartbeat_timeout_s:
-                    logger.warning("worker lost worker_id=%s silent_s=%.1f", worker.worker_id, silent_s)
-                    reason = f"nothing heard for {silent_s:.1f} s"
-                    self._perform(self._core.worker_lost(worker.worker_id, reason, now_s))
+                    self._lose(worker.worker_id, f"nothing heard for {silent_s:.1f} s")
+                elif silent_s > 2 * self._heartbeat_interval_s:
+                    self._is_there(worker)
             self._perform(self._core.tick(now_s))
 
     # ── the doors' side: Intake ──────────────────────────────────────────────────────────────
@@ -178,7 +179,25 @@ class Coordinator:
             case WorkerLeaving():
                 self._leaving(worker, message, now_s)
 
+    def _look_for_lost(self) -> None:
+        """A connection has ended, at once when its process was killed: whose was it?"""
+        for worker in list(self._core.fleet):
+            self._is_there(worker)
+
+    def _is_there(self, worker: Worker) -> bool:
+        if self._send(worker.peer, StillThere()):
+            return True
+        self._lose(worker.worker_id, "its connection is gone")
+        return False
+
+    def _lose(self, worker_id: str, reason: str) -> None:
+        logger.warning("worker lost worker_id=%s reason=%r", worker_id, reason)
+        self._perform(self._core.worker_lost(worker_id, reason, self._clock.now_s()))
+
     def _register(self, registration: RegisterWorker, peer: bytes, now_s: float) -> None:
+        former = self._core.fleet.get(registration.worker_id)
+        if former is not None and former.peer != peer:
+            self._is_there(former)  # it may be the process before this one
         try:
             self._core.fleet.check(registration, peer)
         except ServingError as error:
@@ -230,9 +249,7 @@ class Coordinator:
     def _send_to(self, action: Send) -> None:
         worker = self._core.fleet.get(action.worker_id)
         if worker is not None and not self._send(worker.peer, action.message):
-            logger.warning("worker lost worker_id=%s reason='connection gone'", action.worker_id)
-            now_s = self._clock.now_s()
-            self._perform(self._core.worker_lost(action.worker_id, "its connection is gone", now_s))
+            self._lose(action.worker_id, "its connection is gone")
 
     def _send(self, peer: bytes, message: Message) -> bool:
         return self._fleet_channel.send(peer, codec.encode(message))
@@ -275,6 +292,7 @@ def _worker_snapshot(worker: Worker, now_s: float) -> dict[str, object]:
         # Enough to see a restart; who knows the whole of it may take the worker's place.
         "boot_id": registration.boot_id[:6],
         "host": registration.host,
+        "transfer_endpoint": registration.transfer_endpoint,
         "pid": registration.pid,
         "is_leaving": worker.is_leaving,
         "is_on_trial": worker.is_on_trial,

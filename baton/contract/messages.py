@@ -310,6 +310,10 @@ class AbortLeg(Message, frozen=True, kw_only=True):
     handoff_id: str
 
 
+class StillThere(Message, frozen=True, kw_only=True):
+    """Nothing to do. Whether it can be sent tells if the worker's connection is there."""
+
+
 class AskKvReplay(Message, frozen=True, kw_only=True):
     """Batches of `KvEvents` did not arrive: send them again, or start afresh."""
 
@@ -428,6 +432,7 @@ CoordinatorMessage = (
     | StartPrefill
     | StartDecode
     | AbortLeg
+    | StillThere
     | AskKvReplay
     | DrainWorker
 )

@@ -116,11 +116,44 @@ class RouterChannel(_Channel):
         self,
         on_frames: Callable[[bytes, list[bytes]], None],
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        *,
+        on_disconnect: Callable[[], None] | None = None,
     ) -> None:
-        """on_frames(peer, frames): frames without the identity; a well-formed message has one."""
+        """on_frames(peer, frames): frames without the identity; a well-formed message has one.
+        on_disconnect(): some connection has ended. ZeroMQ does not say whose; a `send` to it fails."""
         super().__init__(zmq.ROUTER, context)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._on_frames = on_frames
+        self._on_disconnect = on_disconnect
+        self._monitor: zmq.Socket[bytes] | None = None
+        if on_disconnect is not None:
+            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    def start(self) -> None:
+        super().start()
+        if self._monitor is not None and self._loop is not None:
+            self._loop.add_reader(int(self._monitor.getsockopt(zmq.FD)), self._read_monitor)
+            self._read_monitor()
+
+    def close(self, linger_ms: int = 0) -> None:
+        if self._monitor is not None:
+            if self._loop is not None:
+                self._loop.remove_reader(int(self._monitor.getsockopt(zmq.FD)))
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
+        super().close(linger_ms)
+
+    def _read_monitor(self) -> None:
+        has_ended = False
+        while self._monitor is not None:
+            try:
+                self._monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            has_ended = True
+        if has_ended and self._on_disconnect is not None:
+            self._on_disconnect()
 
     def bind(self, address: str) -> str:
         """Returns the address with the real port. Raises OSError naming an address that is taken."""

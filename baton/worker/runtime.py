@@ -47,6 +47,7 @@ from baton.contract.messages import (
     StartDecode,
     StartPrefill,
     StepOutputs,
+    StillThere,
     WorkerAccepted,
     WorkerLeaving,
     WorkerRefused,
@@ -328,6 +329,8 @@ class WorkerRuntime:
                 self._on_start(message)
             case AbortLeg():
                 self._engine.abort(message.handoff_id)
+            case StillThere():
+                pass
             case AskKvReplay():
                 batches = self._journal.again(message.first, message.last)
                 event(logger, "kv events asked for again", first=message.first, last=message.last,

@@ -7,6 +7,8 @@ wrong request changes everything after it.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +19,8 @@ from baton.client import BatonClient
 from tests.system.cases import random_prompt
 from tests.system.fleet import Fleet, wait_for
 
-COORDINATOR = ("--heartbeat-timeout-s", "3", "--queue-timeout-s", "30")
+COORDINATOR = ("--heartbeat-timeout-s", "30", "--queue-timeout-s", "30")
+"""Nobody is found to be lost by his silence."""
 WORKER = ("--max-model-len", "4096", "--num-blocks", "2048", "--simulated-step-s", "0.005")
 
 NUM_TOKENS = 400
@@ -154,4 +157,50 @@ def test_pain_19_what_cannot_be_moved_is_refused_by_name(fleet: Fleet) -> None:
     assert 0 < len(errors) < 4
     assert {(error["code"], error["worker_id"]) for error in errors} == {("cannot_resume", "decode-1")}
     assert all("it cannot go on elsewhere: seeded sampling" in error["message"] for error in errors)
+    fleet.wait_until_idle()
+
+
+def test_pain_8_a_killed_worker_is_missed_at_once_and_one_on_its_address_serves_without_any_restart(
+    fleet: Fleet,
+) -> None:
+    """
+    1. under load each worker in turn is killed: its connection ends, and what waited for it is moved, long
+       before its silence would tell; no request fails
+    2. another process takes its name and its KV address, and is given work within 10 s of being ready;
+       nobody else was restarted
+    """
+    boot_ids = {name: worker["boot_id"] for name, worker in fleet.workers().items()}
+    address = {name: worker["transfer_endpoint"] for name, worker in fleet.workers().items()}
+    is_over = False
+    missed_s, served_s = [], []
+
+    def load(number: int) -> list[int]:
+        statuses = []
+        while not is_over:
+            statuses.append(fleet.complete(**body(1000 + len(statuses) * 8 + number, max_tokens=60)).status)
+        return statuses
+
+    with ThreadPoolExecutor(8) as threads:
+        running = [threads.submit(load, number) for number in range(8)]
+        try:
+            for name in sorted(boot_ids):
+                wait_for(f"work on {name}", lambda name=name: fleet.workers()[name]["num_legs"], 20.0)
+                fleet.kill(name)
+                killed_s = time.monotonic()
+                wait_for("the loss", lambda name=name: name not in fleet.workers(), 10.0)
+                missed_s.append(time.monotonic() - killed_s)
+                port = address[name].rpartition(":")[2]
+                worker = fleet.start_worker(name.partition("-")[0], name, *WORKER, "--transfer-port", port)
+                wait_for("readiness", lambda worker=worker: " worker ready " in worker.log_text(), 60.0)
+                ready_s = time.monotonic()
+                wait_for("work", lambda name=name: fleet.workers()[name]["num_legs"], 10.0)
+                served_s.append(time.monotonic() - ready_s)
+        finally:
+            is_over = True
+        statuses = [status for future in running for status in future.result()]
+    assert set(statuses) == {200}
+    assert statistics.median(missed_s) < 1.0, missed_s
+    now = fleet.workers()
+    assert {name for name in boot_ids if now[name]["boot_id"] == boot_ids[name]} == set()  # each once
+    assert {name: worker["transfer_endpoint"] for name, worker in now.items()} == address
     fleet.wait_until_idle()

@@ -257,3 +257,36 @@ def test_tcp_brackets_ipv6():
 
 def test_free_port_is_free():
     assert is_port_free("127.0.0.1", free_port())
+
+
+def test_a_connection_that_ends_is_told_and_its_peer_cannot_be_reached():
+    """
+    1. two peers; one goes: the router hears that some connection ended
+    2. a send tells which: the one that went fails, the other arrives
+    """
+
+    async def scenario() -> None:
+        there, here = Inbox(), Inbox()
+        ended = asyncio.Event()
+        router = RouterChannel(there.from_peer, on_disconnect=ended.set)
+        address = router.bind("tcp://127.0.0.1:*")
+        router.start()
+        peers = {}
+        dealers = [DealerChannel(here.plain) for _ in range(2)]
+        for number, dealer in enumerate(dealers):
+            dealer.connect(address)
+            dealer.start()
+            assert dealer.send(b"hello")
+            await there.wait_for(number + 1)
+            peers[number] = there.items[-1][0]
+        assert not ended.is_set()
+        dealers[0].close()
+        async with asyncio.timeout(10):
+            await ended.wait()
+        assert not router.send(peers[0], b"there?")
+        assert router.send(peers[1], b"there?")
+        await here.wait_for(1)
+        dealers[1].close()
+        router.close()
+
+    asyncio.run(scenario())
