@@ -3,13 +3,15 @@
     python -m benchmarks.bare_write --layers 8 --blocks 16 --block-kib 256
 
 A child process registers a buffer; this one writes its own into it, in the pieces that a chunk of a
-prompt has: one per layer and block, blocks scattered. Prints one JSON line with MB/s of both.
+prompt has: one per layer and block, blocks scattered. Prints one JSON line with MB/s of both; with
+`--on-demand` one for each line on its standard input, of a single write and copy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import select
 import subprocess
 import sys
 import time
@@ -28,6 +30,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=16, help="per write")
     parser.add_argument("--block-kib", type=int, default=256)
+    parser.add_argument("--on-demand", action="store_true")
     parser.add_argument("--target", action="store_true", help="internal: be the process that is written to")
     options = parser.parse_args()
     shape = (options.layers * options.blocks * POOL_CHUNKS, options.block_kib * 1024)
@@ -41,7 +44,15 @@ def main() -> int:
         assert target.stdout is not None
         try:
             description = next(json.loads(line) for line in target.stdout if line.startswith('{"address"'))
-            print(json.dumps(_measure(shape, options.layers, options.blocks, description)))
+            writer = _Writer(shape, options.layers, options.blocks, description)
+            writer.measure()  # connects
+            if options.on_demand:
+                for _ in sys.stdin:
+                    print(json.dumps(writer.measure()), flush=True)
+            else:
+                results = [writer.measure() for _ in range(NUM_WRITES)]
+                print(json.dumps({key: median(result[key] for result in results) for key in results[0]}))
+            writer.close()
         finally:
             target.kill()
     return 0
@@ -69,54 +80,62 @@ def _serve(shape: tuple[int, int]) -> None:
     print(
         json.dumps({"address": buffer.ctypes.data, "metadata": agent.get_agent_metadata().hex()}), flush=True
     )
-    deadline_s = time.monotonic() + 120.0
-    while time.monotonic() < deadline_s:  # until we are killed: connecting needs both sides to look
+    # Until the writer is gone, or kills us: connecting needs both sides to look.
+    while not select.select([sys.stdin], [], [], 0.0005)[0]:
         agent.get_new_notifs()
-        time.sleep(0.0005)
     agent.deregister_memory(registered)
 
 
-def _measure(
-    shape: tuple[int, int], num_layers: int, num_blocks: int, description: dict[str, Any]
-) -> dict[str, float]:
-    rng = np.random.default_rng(1)
-    buffer = np.full(shape, 7, dtype=np.uint8)
-    agent = _agent("bare-writer")
-    registered = agent.register_memory([(buffer.ctypes.data, buffer.nbytes, 0, "")], "DRAM")
-    target = agent.add_remote_agent(bytes.fromhex(description["metadata"]))
-    local = agent.prep_xfer_dlist("NIXL_INIT_AGENT", _descriptors(agent, buffer.ctypes.data, shape))
-    remote = agent.prep_xfer_dlist(target, _descriptors(agent, description["address"], shape))
-    per_layer = num_blocks * POOL_CHUNKS
-    write_s = []
-    for _ in range(NUM_WRITES):
-        indices = [
-            np.concatenate(
-                [layer * per_layer + rng.permutation(per_layer)[:num_blocks] for layer in range(num_layers)]
-            ).astype(np.int32)
-            for _ in range(2)
-        ]
-        handle = agent.make_prepped_xfer("WRITE", local, indices[0], remote, indices[1], notif_msg=b"n")
+class _Writer:
+    def __init__(
+        self, shape: tuple[int, int], num_layers: int, num_blocks: int, description: dict[str, Any]
+    ) -> None:
+        self._num_layers, self._num_blocks = num_layers, num_blocks
+        self._rng = np.random.default_rng(1)
+        self._buffer = np.full(shape, 7, dtype=np.uint8)
+        self._num_bytes = num_layers * num_blocks * shape[1]
+        self._copied = np.zeros(self._num_bytes, dtype=np.uint8)
+        self._agent = agent = _agent("bare-writer")
+        self._registered = agent.register_memory(
+            [(self._buffer.ctypes.data, self._buffer.nbytes, 0, "")], "DRAM"
+        )
+        target = agent.add_remote_agent(bytes.fromhex(description["metadata"]))
+        self._local = agent.prep_xfer_dlist(
+            "NIXL_INIT_AGENT", _descriptors(agent, self._buffer.ctypes.data, shape)
+        )
+        self._remote = agent.prep_xfer_dlist(target, _descriptors(agent, description["address"], shape))
+
+    def measure(self) -> dict[str, float]:
+        """MB/s of one write and one copy."""
+        agent = self._agent
+        handle = agent.make_prepped_xfer(
+            "WRITE", self._local, self._indices(), self._remote, self._indices(), notif_msg=b"n"
+        )
         started_s = time.perf_counter()
         state = agent.transfer(handle)
         while state == "PROC":
             state = agent.check_xfer_state(handle)
-        write_s.append(time.perf_counter() - started_s)
+        write_s = time.perf_counter() - started_s
         if state != "DONE":
             raise SystemExit(f"a bare write ended in state {state}")
         agent.release_xfer_handle(handle)
-    agent.deregister_memory(registered)
-    num_bytes = num_layers * num_blocks * shape[1]
-    copy_s = []
-    flat = buffer.reshape(-1)
-    out = np.zeros(num_bytes, dtype=np.uint8)
-    for _ in range(NUM_WRITES):
         started_s = time.perf_counter()
-        out[:] = flat[:num_bytes]
-        copy_s.append(time.perf_counter() - started_s)
-    return {
-        "write_mb_per_s": num_bytes / median(write_s[1:]) / 1e6,
-        "memcpy_mb_per_s": num_bytes / median(copy_s[1:]) / 1e6,
-    }
+        self._copied[:] = self._buffer.reshape(-1)[: self._num_bytes]
+        copy_s = time.perf_counter() - started_s
+        return {
+            "write_mb_per_s": self._num_bytes / write_s / 1e6,
+            "memcpy_mb_per_s": self._num_bytes / copy_s / 1e6,
+        }
+
+    def close(self) -> None:
+        self._agent.deregister_memory(self._registered)
+
+    def _indices(self) -> Any:
+        """Of blocks anywhere in the pool, layer by layer."""
+        per_layer = self._num_blocks * POOL_CHUNKS
+        layers = range(self._num_layers)
+        scattered = [self._rng.permutation(per_layer)[: self._num_blocks] for _ in layers]
+        return np.concatenate([layer * per_layer + scattered[layer] for layer in layers]).astype(np.int32)
 
 
 if __name__ == "__main__":

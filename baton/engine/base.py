@@ -37,6 +37,8 @@ class EngineDescription:
     transfer_endpoint: str
     stream_params: dict[str, Any] | None = None
     """As in `RegisterWorker`."""
+    streams_first_token: bool = False
+    """As in `RegisterWorker`."""
     has_kv_events: bool = False
     """`EngineListener.on_kv_events` will hear of every change of the prefix cache."""
 

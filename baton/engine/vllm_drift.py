@@ -21,6 +21,8 @@ SIGNATURES = {
     "_update_request_as_session": "(self, session, update)",
     "_is_blocked_waiting_status": "(status)",
     "add_request": "(self, request)",
+    "finish_requests": "(self, request_ids, finished_status)",
+    "update_from_output": "(self, scheduler_output, model_runner_output)",
 }
 """Parameter names of methods of vLLM's Scheduler that we call or override."""
 
@@ -43,6 +45,9 @@ REQUEST_ATTRIBUTES = (
     "num_in_flight_tokens",
     "num_preemptions",
     "is_prefill_chunk",
+    "num_prompt_tokens",
+    "max_tokens",
+    "_output_token_ids",
     "resumable",
     "spec_token_ids",
 )

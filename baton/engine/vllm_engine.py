@@ -82,6 +82,7 @@ LEASE_END_S = "baton_lease_end_s"
 RELEASE_HELD = "baton_release_held"
 STREAM_ID = "baton_stream_id"
 STREAM_LEASE_S = "baton_stream_lease_s"
+STREAM_FIRST_TOKEN = "baton_stream_first_token"
 
 
 @dataclass(slots=True, eq=False)
@@ -143,6 +144,10 @@ class VllmEngine:
         port = choose_side_channel_port(settings)
         set_environment(settings, port)
         started_s = time.monotonic()
+        if settings.transfer == "stream" and settings.reason_not_to_stream is not None:
+            logger.warning(
+                "kv streaming is not possible here: %s; KV is pulled", settings.reason_not_to_stream
+            )
         logger.info(
             "engine starting role=%s model=%s device=%s", settings.role.value, settings.model, settings.device
         )
@@ -266,6 +271,7 @@ class VllmEngine:
                     "remote_num_tokens": source.num_tokens,
                     STREAM_ID: message.handoff_id,
                     STREAM_LEASE_S: source.lease_s,
+                    STREAM_FIRST_TOKEN: source.has_first_token,
                 }
         self._start_leg(
             message.handoff_id,

@@ -29,11 +29,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from baton.engine.vllm_first_token import AsyncFirstTokenScheduler
 from baton.engine.vllm_host_swap import HostTier, host_tier_of
 from baton.engine.vllm_scheduler import QuietScheduler
 from baton.engine.vllm_stats import SCHEDULER_STATS
@@ -48,7 +48,7 @@ MAX_READS_PER_STEP = 32
 
 
 class PolicyMixin:
-    """Before `Scheduler` or `AsyncScheduler` in the bases of a class."""
+    """Before `QuietScheduler` or `AsyncFirstTokenScheduler` in the bases of a class."""
 
     def __init__(self, *arguments: Any, **named_arguments: Any) -> None:
         super().__init__(*arguments, **named_arguments)
@@ -510,7 +510,7 @@ class MlfqScheduler(PolicyMixin, QuietScheduler):
     """For CPU, where vLLM schedules synchronously."""
 
 
-class AsyncMlfqScheduler(PolicyMixin, AsyncScheduler):
+class AsyncMlfqScheduler(PolicyMixin, AsyncFirstTokenScheduler):
     """For other devices, where vLLM plans a step while the one before is computed."""
 
 

@@ -4,7 +4,7 @@ While a prefill engine holds KV for a reader it steps about a thousand times a s
 the transfer, and each step sends the engine's counters to the process that owns it: a seventh of a
 core there, for numbers that did not change. Those are left out.
 
-Only for CPU, where vLLM never schedules asynchronously: that needs another base class.
+Only where vLLM does not schedule asynchronously, as on CPU: that needs another base class.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from baton.engine.vllm_first_token import FirstTokenMixin
 
-class QuietScheduler(Scheduler):
+
+class QuietScheduler(FirstTokenMixin, Scheduler):
     _last_counters: tuple[Any, ...] | None = None
 
     def make_stats(

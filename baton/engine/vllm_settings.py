@@ -93,8 +93,16 @@ class VllmEngineSettings:
 
     @property
     def is_streaming(self) -> bool:
-        """Workers for both phases pull: each engine has one half of a stream."""
-        return self.transfer == "stream" and self.role is not WorkerRole.BOTH
+        return self.transfer == "stream" and self.reason_not_to_stream is None
+
+    @property
+    def reason_not_to_stream(self) -> str | None:
+        """With `transfer` stream, why hand-offs are pulled all the same."""
+        if self.role is WorkerRole.BOTH:
+            return "a worker for both phases has one half of a stream"
+        if self.host_kv_bytes and self.device != "cpu":
+            return "host memory for KV is another connector's there"
+        return None
 
     @property
     def num_ranks(self) -> int:
@@ -159,15 +167,22 @@ def engine_arguments(settings: VllmEngineSettings, *, has_drifted: bool = False)
     if settings.device == "cpu":
         arguments["scheduler_cls"] = "baton.engine.vllm_scheduler.QuietScheduler"
         arguments["worker_cls"] = "baton.engine.vllm_cpu_worker.BatonCPUWorker"
+    elif settings.is_streaming and settings.role is WorkerRole.DECODE:
+        arguments["scheduler_cls"] = "baton.engine.vllm_first_token.AsyncFirstTokenScheduler"
+        arguments["async_scheduling"] = True
     if settings.scheduler != "fcfs" and not has_drifted:
         arguments |= _policy_arguments(settings)
+    if settings.is_streaming and settings.role is WorkerRole.PREFILL:
+        # A step planned ahead would keep the first token from the decode worker for as long as it takes.
+        arguments["async_scheduling"] = False
     return arguments
 
 
 def _policy_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
     is_cpu = settings.device == "cpu"
-    name = "MlfqScheduler" if is_cpu else "AsyncMlfqScheduler"
     is_decode = settings.role is WorkerRole.DECODE
+    is_synchronous = is_cpu or (settings.is_streaming and settings.role is WorkerRole.PREFILL)
+    name = "MlfqScheduler" if is_synchronous else "AsyncMlfqScheduler"
     num_residents = settings.max_resident_sequences or 4 * settings.max_batch_size
     arguments: dict[str, Any] = {
         "scheduler_cls": f"baton.engine.vllm_mlfq_scheduler.{name}",
@@ -180,7 +195,7 @@ def _policy_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
             }
         },
     }
-    if not is_cpu:
+    if not is_synchronous:
         arguments["async_scheduling"] = True
     return arguments
 
@@ -200,10 +215,10 @@ def transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
     arguments = _nixl_arguments(settings)
     if not settings.host_kv_bytes:
         return arguments
-    if settings.transfer == "stream":
-        raise EngineFailed("host memory for KV is not available with streamed hand-offs; use transfer pull")
     if settings.device == "cpu":
-        arguments["kv_connector"] = "SwappingNixlConnector"
+        arguments["kv_connector"] = (
+            "SwappingStreamingNixlConnector" if settings.is_streaming else "SwappingNixlConnector"
+        )
         arguments["kv_connector_module_path"] = "baton.engine.vllm_swap_connector"
         arguments["kv_connector_extra_config"]["host_kv_bytes"] = settings.host_kv_bytes
         return arguments

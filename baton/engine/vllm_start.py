@@ -100,6 +100,7 @@ def describe(
         pipeline_parallel_size=settings.pipeline_parallel_size,
         transfer_endpoint=f"{settings.side_channel_host}:{side_channel_port}",
         stream_params=_stream_params(settings, config, side_channel_port),
+        streams_first_token=settings.is_streaming,
         has_kv_events=has_kv_events,
     )
 

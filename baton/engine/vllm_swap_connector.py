@@ -1,8 +1,8 @@
-"""The leased NIXL connector with a host tier behind it, for decode workers on CPU.
+"""The NIXL connectors with a host tier behind them, for decode workers on CPU.
 
-NIXL first: until a request's KV has been read from its prefill worker nobody else has it, and whoever
-claimed a part of it before (a shared prefix, say) would make vLLM tell the prefill worker to let go of
-the rest. After that read NIXL claims nothing any more, and what a preemption took comes from the tier.
+NIXL first: until a request's KV has come from its prefill worker nobody else has it, and whoever claimed a
+part of it before (a shared prefix, say) would make vLLM tell the prefill worker to let go of the rest.
+After that NIXL claims nothing any more, and what a preemption took comes from the tier.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, K
 
 from baton.engine.vllm_host_swap import HostStore, SwapOrders, new_tier
 from baton.transfer.nixl_connector import LeasedNixlConnector
+from baton.transfer.nixl_stream_connector import StreamingNixlConnector
 
 CONNECTOR_NAME = "SwappingNixlConnector"
+STREAMING_CONNECTOR_NAME = "SwappingStreamingNixlConnector"
 CONNECTOR_MODULE = __name__
 
 
@@ -91,6 +93,10 @@ class SwappingNixlConnector(LeasedNixlConnector):
         assert self._store is not None
         results.finished_recving |= self._store.take_loaded()
         return results
+
+
+class SwappingStreamingNixlConnector(SwappingNixlConnector, StreamingNixlConnector):
+    """The tier around the streaming connector: both have the same base, and the tier's calls go on to it."""
 
 
 def _orders(metadata: Any) -> SwapOrders:

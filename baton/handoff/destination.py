@@ -7,7 +7,8 @@ more (it acknowledged the cancel, or ended the stream itself), has written all i
 dead. Freeing on a timeout would let a late write land in another request's blocks.
 
 A reservation is complete when each source has sent as many different numbered notices as its last one
-told; the last one alone proves nothing, notices may overtake each other.
+told; the last one alone proves nothing, notices may overtake each other. Where the first token was asked
+for, each source owes that too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Reserve:
     sources: tuple[str, ...]
     lease_s: float
     """How long the promise stands at most."""
+    wants_first_token: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,14 @@ class WriteArrived:
     seq: int
     total: int
     """Number of writes in all on the last one, else 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstTokenArrived:
+    handoff_id: str
+    epoch: int
+    source: str
+    token_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +87,14 @@ class SourceLost:
 
 
 DestinationEvent = (
-    Reserve | WriteArrived | SourceReassured | SourceFailed | CancelAcknowledged | OwnerAborted | SourceLost
+    Reserve
+    | WriteArrived
+    | FirstTokenArrived
+    | SourceReassured
+    | SourceFailed
+    | CancelAcknowledged
+    | OwnerAborted
+    | SourceLost
 )
 
 
@@ -103,6 +120,8 @@ class Activate:
     """All KV is here."""
 
     handoff_id: str
+    first_token: int | None = None
+    """None unless it was wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,14 +158,19 @@ class _Part:
 
     heard_s: float
     sent_s: float
+    owes_token: bool
     is_known: bool = False
     """The source has answered, so the registration arrived."""
     seen: set[int] = field(default_factory=set)
     total: int = 0
 
     @property
-    def is_complete(self) -> bool:
+    def is_written(self) -> bool:
         return self.total > 0 and len(self.seen) == self.total
+
+    @property
+    def is_complete(self) -> bool:
+        return self.is_written and not self.owes_token
 
 
 @dataclass(slots=True)
@@ -155,6 +179,7 @@ class _Reservation:
     expires_at_s: float
     parts: dict[str, _Part]
     """By source; those that may still write."""
+    first_token: int | None = None
     state: ReservationState = ReservationState.RESERVED
 
 
@@ -184,6 +209,8 @@ class DestinationTable:
                 return self._on_reserve(event, now_s)
             case WriteArrived():
                 return self._on_write(event, now_s)
+            case FirstTokenArrived():
+                return self._on_token(event, now_s)
             case SourceReassured():
                 if part := self._part(event.handoff_id, event.epoch, event.source):
                     part.heard_s, part.is_known = now_s, True
@@ -234,7 +261,10 @@ class DestinationTable:
         self._reservations[event.handoff_id] = _Reservation(
             epoch=event.epoch,
             expires_at_s=now_s + event.lease_s,
-            parts={source: _Part(heard_s=now_s, sent_s=now_s) for source in event.sources},
+            parts={
+                source: _Part(heard_s=now_s, sent_s=now_s, owes_token=event.wants_first_token)
+                for source in event.sources
+            },
         )
         return [Register(event.handoff_id, event.epoch, source) for source in event.sources]
 
@@ -246,11 +276,19 @@ class DestinationTable:
         part.seen.add(event.seq)
         part.total = max(part.total, event.total)
         reservation = self._reservations[event.handoff_id]
-        if part.is_complete:
+        if part.is_complete or (reservation.state is ReservationState.QUARANTINED and part.is_written):
             return self._close(event.handoff_id, event.source)
         if reservation.state is ReservationState.RESERVED:
             reservation.state = moved(RESERVATION_MOVES, reservation.state, ReservationState.ARRIVING)
         return []
+
+    def _on_token(self, event: FirstTokenArrived, now_s: float) -> list[DestinationAction]:
+        part = self._part(event.handoff_id, event.epoch, event.source)
+        if part is None:
+            return []
+        part.heard_s, part.is_known, part.owes_token = now_s, True, False
+        self._reservations[event.handoff_id].first_token = event.token_id
+        return self._close(event.handoff_id, event.source) if part.is_complete else []
 
     def _on_lost(self, source: str, now_s: float) -> list[DestinationAction]:
         actions: list[DestinationAction] = []
@@ -285,7 +323,7 @@ class DestinationTable:
             reservation.state = moved(RESERVATION_MOVES, reservation.state, ReservationState.RELEASED)
             return [Free(handoff_id)]
         reservation.state = moved(RESERVATION_MOVES, reservation.state, ReservationState.ACTIVATED)
-        return [Activate(handoff_id)]
+        return [Activate(handoff_id, reservation.first_token)]
 
     def _part(self, handoff_id: str, epoch: int, source: str) -> _Part | None:
         reservation = self._reservations.get(handoff_id)

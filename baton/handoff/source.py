@@ -13,6 +13,9 @@ Two promises, on which the destination frees its memory:
 
 Writes are numbered from 0. The number of all writes rides on the last one only; a notice covers its own
 write alone, so the destination counts.
+
+A destination may want the prompt's first token along with the KV. It is sampled after the last block is
+ready, so it travels by itself, and a stream that owes it is not over when its last write is.
 """
 
 from __future__ import annotations
@@ -66,6 +69,8 @@ class PrefillEnded:
     handoff_id: str
     lease_s: float | None
     """None: aborted, or the answer is over; nobody wants the KV."""
+    first_token: int | None = None
+    """What the prompt's last position gave."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +91,7 @@ class DestinationRegistered:
     """Leading blocks that the destination has already."""
     ttl_s: float
     """How long to wait for the prefill to show up."""
+    wants_first_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,14 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveFirstToken:
+    """Once per stream that wants it."""
+
+    key: StreamKey
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class AcknowledgeCancel:
     key: StreamKey
 
@@ -156,7 +170,7 @@ class Release:
     handoff_id: str
 
 
-SourceAction = Write | AcknowledgeCancel | Fail | Reassure | Release
+SourceAction = Write | GiveFirstToken | AcknowledgeCancel | Fail | Reassure | Release
 
 
 # ── the machine ───────────────────────────────────────────────────────────────────────────────
@@ -172,6 +186,7 @@ class _Hold:
     state: HoldState = HoldState.FILLING
     lease_s: float = 0.0
     expires_at_s: float | None = None
+    first_token: int | None = None
     num_served: int = 0
     num_destinations: int | None = None
 
@@ -186,6 +201,7 @@ class _Stream:
     written: list[int]
     """Per layer, in blocks of the prompt."""
     reassured_s: float
+    owes_token: bool = False
     state: StreamState = StreamState.WRITING
     num_posted: int = 0
     is_all_posted: bool = False
@@ -307,7 +323,11 @@ class SourceTable:
             return self._give_up_hold(event.handoff_id, "the prefill was aborted", now_s)
         hold.state = moved(HOLD_MOVES, hold.state, HoldState.HELD)
         hold.lease_s, hold.expires_at_s = event.lease_s, now_s + event.lease_s
-        return self._release_if_served(event.handoff_id, now_s)
+        hold.first_token = event.first_token
+        actions: list[SourceAction] = []
+        for stream in self._streams_of(event.handoff_id):
+            actions += self._advance(stream, now_s)
+        return actions + self._release_if_served(event.handoff_id, now_s)
 
     def _give_up_hold(self, handoff_id: str, reason: str, now_s: float) -> list[SourceAction]:
         hold = self._holds.get(handoff_id)
@@ -319,12 +339,14 @@ class SourceTable:
             hold.expires_at_s = None
         actions: list[SourceAction] = []
         for stream in self._streams_of(handoff_id):
-            if not stream.is_all_posted:  # the rest of a complete one needs only to land
+            if not stream.is_all_posted or stream.owes_token:  # the rest of a complete one needs only to land
                 actions += self._drain(stream, reason, now_s)
         return actions + self._release_if_quiet(handoff_id, now_s)
 
     def _release_if_served(self, handoff_id: str, now_s: float) -> list[SourceAction]:
-        hold = self._holds[handoff_id]
+        hold = self._holds.get(handoff_id)
+        if hold is None:
+            return []
         is_served = hold.num_destinations is not None and hold.num_served >= hold.num_destinations
         if hold.state is HoldState.HELD and is_served:
             return self._give_up_hold(handoff_id, "served", now_s)
@@ -359,6 +381,7 @@ class SourceTable:
             expires_at_s=now_s + event.ttl_s,
             written=[event.num_skipped] * self._num_layers,
             reassured_s=now_s,
+            owes_token=event.wants_first_token,
         )
         actions: list[SourceAction] = [Reassure(key)]
         hold = self._holds.get(key.handoff_id)
@@ -390,7 +413,7 @@ class SourceTable:
     # ── writing ───────────────────────────────────────────────────────────────────────────────
 
     def _advance(self, stream: _Stream, now_s: float) -> list[SourceAction]:
-        return self._write(stream) + self._end_if_complete(stream, now_s)
+        return self._write(stream) + self._pay_token(stream, now_s) + self._end_if_complete(stream, now_s)
 
     def _write(self, stream: _Stream) -> list[SourceAction]:
         """All that is ready and not yet written, neighbouring layers at the same point together."""
@@ -412,6 +435,16 @@ class SourceTable:
             if num_blocks > 0:
                 actions.append(self._post(stream, hold, layers, start, start + num_blocks))
         return actions
+
+    def _pay_token(self, stream: _Stream, now_s: float) -> list[SourceAction]:
+        hold = self._holds.get(stream.key.handoff_id)
+        is_due = stream.owes_token and stream.state is StreamState.WRITING
+        if hold is None or hold.state is not HoldState.HELD or not is_due:
+            return []
+        if hold.first_token is None:
+            return self._drain(stream, "the prefill ended without a token", now_s)
+        stream.owes_token = False
+        return [GiveFirstToken(stream.key, hold.first_token)]
 
     def _post(self, stream: _Stream, hold: _Hold, layers: range, start: int, end: int) -> Write:
         for layer in layers:
@@ -446,7 +479,9 @@ class SourceTable:
 
     def _end_if_complete(self, stream: _Stream, now_s: float) -> list[SourceAction]:
         handoff_id = stream.key.handoff_id
-        if not stream.is_all_posted or stream.in_flight or stream.state is not StreamState.WRITING:
+        if stream.state is not StreamState.WRITING or not stream.is_all_posted:
+            return []
+        if stream.in_flight or stream.owes_token:
             return []
         self._end(stream, now_s, is_complete=True)
         hold = self._holds.get(handoff_id)

@@ -211,7 +211,7 @@ class LeasedPullScheduler(NixlPullConnectorScheduler):
         if released := params.get(RELEASE_HELD):
             self._released_req_ids.update(released)
             return False, None
-        if params.get(HOLD_UNLESS_STOPPED) and request.status == RequestStatus.FINISHED_STOPPED:
+        if self._is_over_with_prefill(request):
             # As for an aborted prefill: the workers forget the request, the blocks go back at once.
             self._reqs_not_processed.add(request.request_id)
             self._reqs_need_save.pop(request.request_id, None)
@@ -224,6 +224,11 @@ class LeasedPullScheduler(NixlPullConnectorScheduler):
             result[NUM_STAGES] = self._num_stages
             result["pp_size"] = 1  # each of our stages is a source of its own
         return must_hold, result
+
+    def _is_over_with_prefill(self, request: Any) -> bool:
+        """Its first token ended it: nobody will read its KV."""
+        params = request.kv_transfer_params or {}
+        return bool(params.get(HOLD_UNLESS_STOPPED)) and request.status == RequestStatus.FINISHED_STOPPED
 
 
 class LeasedPullWorker(NixlPullConnectorWorker):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from baton.transfer.nixl_connector import LeasedNixlConnector
-from baton.transfer.nixl_stream_scheduler import StreamMetadata, StreamScheduler
+from baton.transfer.nixl_stream_scheduler import FirstTokens, StreamMetadata, StreamScheduler
 from baton.transfer.nixl_stream_worker import StreamWorker
 
 CONNECTOR_NAME = "StreamingNixlConnector"
@@ -30,7 +30,7 @@ class StreamingNixlConnector(LeasedNixlConnector):
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         if isinstance(kv_connector_metadata, StreamMetadata):
-            self._stream_worker.handle_preemptions(kv_connector_metadata)
+            self._stream_worker.begin_step(kv_connector_metadata)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         if isinstance(metadata := self._connector_metadata, StreamMetadata):
@@ -40,6 +40,14 @@ class StreamingNixlConnector(LeasedNixlConnector):
         super().wait_for_save()
         if isinstance(metadata := self._connector_metadata, StreamMetadata):
             self._stream_worker.save_step(metadata)
+
+    def build_connector_worker_meta(self) -> FirstTokens | None:
+        return self._stream_worker.take_first_tokens()
+
+    def take_first_tokens(self) -> dict[str, int]:
+        """For vLLM's scheduler (`baton.engine.vllm_first_token`)."""
+        assert isinstance(self.connector_scheduler, StreamScheduler)
+        return self.connector_scheduler.take_first_tokens()
 
     @property
     def _stream_worker(self) -> StreamWorker:

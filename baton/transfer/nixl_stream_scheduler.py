@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.utils import yield_req_data
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 
 from baton.handoff.credits import CreditLine
 from baton.transfer.nixl_connector import LeasedMetadata, LeasedPullScheduler
@@ -22,6 +23,8 @@ STREAM_WRITES = "baton_stream_writes"
 last chunk)."""
 STREAM_LEASE_S = "baton_stream_lease_s"
 """In a decode request: how long its reservation stands at most."""
+STREAM_FIRST_TOKEN = "baton_stream_first_token"
+"""In a decode request: the prefill worker's token comes with the KV, and the answer goes on from it."""
 
 DEFAULT_RESERVATION_LEASE_S = 120.0
 DEFAULT_RESERVED_SHARE = 0.5
@@ -49,6 +52,14 @@ class StreamReservation:
     num_skipped: int
     block_ids: list[int]
     lease_s: float
+    wants_first_token: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EndedPrefill:
+    lease_s: float | None
+    """None: nobody wants the KV."""
+    first_token: int | None
 
 
 @dataclass(slots=True)
@@ -58,8 +69,7 @@ class StreamOrders:
     progress: dict[str, StreamProgress] = field(default_factory=dict)
     preempted: dict[str, str] = field(default_factory=dict)
     """→ hand-off id."""
-    ended: dict[str, float | None] = field(default_factory=dict)
-    """Prefills that are over → lease, None if nobody wants the KV."""
+    ended: dict[str, EndedPrefill] = field(default_factory=dict)
     reservations: dict[str, StreamReservation] = field(default_factory=dict)
     aborted: set[str] = field(default_factory=set)
     """Reservations whose request is over."""
@@ -70,6 +80,17 @@ class StreamMetadata(LeasedMetadata):
         super().__init__(leased)
         self.windows, self.released_req_ids = leased.windows, leased.released_req_ids
         self.orders = orders
+
+
+@dataclass(slots=True)
+class FirstTokens(KVConnectorWorkerMetadata):
+    """What the workers tell the scheduler in one step: tokens that came with KV, by vLLM's request id."""
+
+    by_request: dict[str, int]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> FirstTokens:
+        assert isinstance(other, FirstTokens)
+        return FirstTokens(self.by_request | other.by_request)
 
 
 @dataclass(slots=True)
@@ -91,6 +112,9 @@ class StreamScheduler(LeasedPullScheduler):
         self._writes = str(extra_config.get("kv_stream_writes", "chunk"))
         self._prefills: dict[str, _Prefill] = {}
         self._reserved: set[str] = set()
+        self._first_tokens: dict[str, int] = {}
+        """Of reservations; the workers of all ranks tell them, each when it has its part of the KV."""
+        self._given: dict[str, int] = {}
         self._orders = StreamOrders()
 
     # ── decode side ───────────────────────────────────────────────────────────────────────────
@@ -131,13 +155,24 @@ class StreamScheduler(LeasedPullScheduler):
             num_skipped=num_total - num_blocks,
             block_ids=list(missing[:num_blocks]),
             lease_s=float(params.get(STREAM_LEASE_S, DEFAULT_RESERVATION_LEASE_S)),
+            wants_first_token=bool(params.get(STREAM_FIRST_TOKEN, False)),
         )
 
     def update_connector_output(self, connector_output: Any) -> None:
         super().update_connector_output(connector_output)
+        if isinstance(told := connector_output.kv_connector_worker_meta, FirstTokens):
+            self._first_tokens |= told.by_request
         for req_id in connector_output.finished_recving or ():
             self._reserved.discard(req_id)
             self._credits.give_back(req_id)
+            token_id = self._first_tokens.pop(req_id, None)
+            if token_id is not None and req_id not in connector_output.failed_recving:
+                self._given[req_id] = token_id
+
+    def take_first_tokens(self) -> dict[str, int]:
+        """Of requests whose KV was found complete since the last call."""
+        given, self._given = self._given, {}
+        return given
 
     def on_new_request(self, request: Any) -> None:
         if not _reads_stream(request):  # a stream's source is kept alive by its own lease
@@ -191,10 +226,19 @@ class StreamScheduler(LeasedPullScheduler):
         must_hold, result = super().request_finished(request, block_ids)
         if prefill is None:
             return must_hold, result
-        self._orders.ended[req_id] = self._kv_lease_duration if must_hold else None
+        tokens = request.output_token_ids
+        self._orders.ended[req_id] = EndedPrefill(
+            lease_s=self._kv_lease_duration if must_hold else None, first_token=tokens[0] if tokens else None
+        )
         if result is not None:
             result[STREAM_ID] = prefill.handoff_id
         return True, result  # a write may be reading them; released when none is
+
+    def _is_over_with_prefill(self, request: Any) -> bool:
+        """Never so of a stream: the decode worker may have been promised this token too. It is to find out
+        by itself that nothing follows, and not to see its stream fail."""
+        params = request.kv_transfer_params or {}
+        return STREAM_ID not in params and super()._is_over_with_prefill(request)
 
 
 def _reads_stream(request: Any) -> bool:

@@ -27,6 +27,7 @@ from baton.handoff.destination import (
     DestinationAction,
     DestinationEvent,
     DestinationTable,
+    FirstTokenArrived,
     Free,
     GiveUp,
     OwnerAborted,
@@ -47,13 +48,19 @@ from baton.handoff.source import (
 )
 from baton.transfer.nixl_connector import LeasedPullWorker
 from baton.transfer.nixl_stream_peers import KvMemory
-from baton.transfer.nixl_stream_scheduler import StreamMetadata, StreamProgress, StreamReservation
+from baton.transfer.nixl_stream_scheduler import (
+    FirstTokens,
+    StreamMetadata,
+    StreamProgress,
+    StreamReservation,
+)
 from baton.transfer.nixl_stream_writer import NoticeSorter, StreamWriter
 from baton.transfer.stream_wire import (
     PREFIX,
     BlocksWritten,
     CancelDone,
     CancelStream,
+    FirstToken,
     Hello,
     RegisterStream,
     StreamFailed,
@@ -106,6 +113,7 @@ class StreamWorker(LeasedPullWorker):
         self._done: set[str] = set()
         self._failed: set[str] = set()
         self._given_up: set[str] = set()
+        self._first_tokens: dict[str, int] = {}
         self._timer_s = 0.0
 
     def _on_write(self, num_layer_blocks: int, took_s: float) -> None:
@@ -168,13 +176,19 @@ class StreamWorker(LeasedPullWorker):
 
     # ── steps ─────────────────────────────────────────────────────────────────────────────────
 
-    def handle_preemptions(self, metadata: StreamMetadata) -> None:
-        """Before the step may write into blocks that streams still read."""
+    def begin_step(self, metadata: StreamMetadata) -> None:
+        """Before the step may write into blocks that streams still read. What the step before has ended is
+        told here too, and not after the model has run again: first tokens are waited for."""
         if self._writer is None:
             return
         for handoff_id in metadata.orders.preempted.values():
             self._writer.tell(PrefillPreempted(handoff_id=handoff_id))
             self._writer.wait_until_quiet(handoff_id)
+        for req_id, ended in metadata.orders.ended.items():
+            handoff_id = self._streamed[req_id]
+            self._writer.tell(
+                PrefillEnded(handoff_id=handoff_id, lease_s=ended.lease_s, first_token=ended.first_token)
+            )
 
     def save_layer(self, metadata: StreamMetadata, layer_name: str) -> None:
         """This layer's KV of the step is computed (queued, on a GPU)."""
@@ -203,13 +217,8 @@ class StreamWorker(LeasedPullWorker):
             self._begin(req_id, metadata.orders.reservations[req_id])
         for req_id in metadata.orders.aborted:
             self._on_owner_aborted(req_id)
-        for req_id, lease_s in metadata.orders.ended.items():
-            if req_id in self._reqs_to_send:
-                self._reqs_to_send[req_id] = float("inf")  # the stream's own lease decides
-            if self._writer is not None:
-                handoff_id = self._streamed.get(req_id)
-                assert handoff_id is not None, f"{req_id} ended before its first step"
-                self._writer.tell(PrefillEnded(handoff_id=handoff_id, lease_s=lease_s))
+        for req_id in metadata.orders.ended.keys() & self._reqs_to_send.keys():
+            self._reqs_to_send[req_id] = float("inf")  # the stream's own lease decides
 
     def get_transfer_results(self) -> KVConnectorTransferResults:
         results = super().get_transfer_results()
@@ -222,6 +231,12 @@ class StreamWorker(LeasedPullWorker):
             results.failed_recving |= self._failed
             self._done, self._failed = set(), set()
         return results
+
+    def take_first_tokens(self) -> FirstTokens | None:
+        if not self._first_tokens:
+            return None
+        tokens, self._first_tokens = self._first_tokens, {}
+        return FirstTokens(tokens)
 
     # ── source half ───────────────────────────────────────────────────────────────────────────
 
@@ -291,6 +306,7 @@ class StreamWorker(LeasedPullWorker):
                 epoch=self._epoch,
                 sources=tuple(map(_text, self._remote_agents[reservation.engine_id].values())),
                 lease_s=reservation.lease_s,
+                wants_first_token=reservation.wants_first_token,
             )
         )
 
@@ -315,6 +331,10 @@ class StreamWorker(LeasedPullWorker):
             case BlocksWritten(seq=seq, total=total):
                 self._first_write_s.setdefault(req_id, time.monotonic())
                 self._tell(WriteArrived(handoff_id=req_id, epoch=epoch, source=source, seq=seq, total=total))
+            case FirstToken(token_id=token_id):
+                self._tell(
+                    FirstTokenArrived(handoff_id=req_id, epoch=epoch, source=source, token_id=token_id)
+                )
             case StreamKnown():
                 self._tell(SourceReassured(handoff_id=req_id, epoch=epoch, source=source))
             case StreamFailed(reason=reason):
@@ -334,8 +354,10 @@ class StreamWorker(LeasedPullWorker):
                         source,
                         CancelStream(handoff_id=handoff_id, destination=self.nixl_wrapper.name, epoch=epoch),
                     )
-                case Activate(req_id):
+                case Activate(req_id, first_token):
                     self._count_arrived(req_id)
+                    if first_token is not None:
+                        self._first_tokens[req_id] = first_token
                     self._end(req_id, is_good=True)
                 case GiveUp(req_id, reason):
                     logger.warning(
@@ -380,6 +402,7 @@ class StreamWorker(LeasedPullWorker):
                 num_skipped=reservation.num_skipped,
                 block_ids=reservation.block_ids,
                 ttl_s=reservation.lease_s,
+                wants_first_token=reservation.wants_first_token,
             ),
         )
 

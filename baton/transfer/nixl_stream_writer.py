@@ -28,6 +28,7 @@ from baton.handoff.source import (
     DestinationLost,
     DestinationRegistered,
     Fail,
+    GiveFirstToken,
     Reassure,
     Release,
     SourceAction,
@@ -42,6 +43,7 @@ from baton.transfer.stream_wire import (
     BlocksWritten,
     CancelDone,
     CancelStream,
+    FirstToken,
     Hello,
     RegisterStream,
     StreamFailed,
@@ -289,6 +291,7 @@ class StreamWriter:
                 block_ids=message.block_ids,
                 num_skipped=message.num_skipped,
                 ttl_s=message.ttl_s,
+                wants_first_token=message.wants_first_token,
             )
         )
 
@@ -309,6 +312,13 @@ class StreamWriter:
             match action:
                 case Write():
                     pending.extendleft(reversed(self._post(action)))
+                case GiveFirstToken(key, token_id):
+                    self._send(
+                        key.destination,
+                        FirstToken(
+                            handoff_id=key.handoff_id, source=self._name, epoch=key.epoch, token_id=token_id
+                        ),
+                    )
                 case Release(handoff_id):
                     self._released.put(handoff_id)
                 case Fail(key, reason):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-PREFIX = b"baton-stream/1:"
+PREFIX = b"baton-stream/2:"
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, kw_only=True):
@@ -41,6 +41,7 @@ class RegisterStream(_Message, frozen=True):
     num_skipped: int
     block_ids: list[int]
     ttl_s: float
+    wants_first_token: bool
 
 
 class CancelStream(_Message, frozen=True):
@@ -65,6 +66,15 @@ class BlocksWritten(_Message, frozen=True):
     total: int
 
 
+class FirstToken(_Message, frozen=True):
+    """What the prompt's last position gave, for a destination that wants it."""
+
+    handoff_id: str
+    source: str
+    epoch: int
+    token_id: int
+
+
 class StreamFailed(_Message, frozen=True):
     """Nothing of this stream is in flight and nothing more will be written."""
 
@@ -83,7 +93,7 @@ class CancelDone(_Message, frozen=True):
 
 
 ToSource = Hello | RegisterStream | CancelStream
-ToDestination = StreamKnown | BlocksWritten | StreamFailed | CancelDone
+ToDestination = StreamKnown | BlocksWritten | FirstToken | StreamFailed | CancelDone
 StreamMessage = ToSource | ToDestination
 
 _encoder = msgspec.msgpack.Encoder()

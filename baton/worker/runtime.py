@@ -234,6 +234,7 @@ class WorkerRuntime:
             pid=identity.pid,
             prefill_window_tokens=self._prefill_window_tokens,
             stream_params=description.stream_params,
+            streams_first_token=description.streams_first_token,
             has_kv_events=description.has_kv_events,
             sent_s=self._clock.now_s(),
         )

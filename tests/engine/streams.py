@@ -19,7 +19,9 @@ def random_prompt(num_tokens: int, seed: int = 0) -> list[int]:
     return [rng.randrange(0, 2000) for _ in range(num_tokens)]
 
 
-def stream_source(pair: EnginePair, handoff_id: str, num_tokens: int) -> KvSource:
+def stream_source(
+    pair: EnginePair, handoff_id: str, num_tokens: int, *, has_first_token: bool = True
+) -> KvSource:
     """What a decode worker has to know before the prefill has run."""
     config = pair.prefill._llm.vllm_config
     host, _, port = pair.prefill_description.transfer_endpoint.partition(":")
@@ -37,6 +39,7 @@ def stream_source(pair: EnginePair, handoff_id: str, num_tokens: int) -> KvSourc
             "tp_size": config.parallel_config.tensor_parallel_size,
             "baton_num_stages": config.parallel_config.pipeline_parallel_size,
             "remote_num_tokens": num_tokens,
+            "baton_stream_first_token": has_first_token,
         },
     )
 
@@ -69,18 +72,20 @@ async def streamed(
     decode_after_s: float | None = None,
     fault: str = "none",
     writes: str | None = None,
+    sampling: SamplingSpec = GREEDY,
+    has_first_token: bool = True,
 ) -> tuple[FinishedPrefill, LegResult]:
     """`decode_after_s`: the decode worker comes late. None: it comes first. `writes`: chunk, layer or
     end; None: the engine's setting."""
     handoff_id = f"{fault}-{pair.new_handoff_id()}"
-    source = stream_source(pair, handoff_id, len(prompt))
+    source = stream_source(pair, handoff_id, len(prompt), has_first_token=has_first_token)
 
     def decode() -> asyncio.Future[LegResult]:
-        return pair.begin_decode(prompt, GREEDY, source, handoff_id)
+        return pair.begin_decode(prompt, sampling, source, handoff_id)
 
     decoding = decode() if decode_after_s is None else None
     if writes is None:
-        prefilling = begin_prefill(pair.prefill, pair.prefill_listener, prompt, GREEDY, handoff_id)
+        prefilling = begin_prefill(pair.prefill, pair.prefill_listener, prompt, sampling, handoff_id)
     else:
         prefilling = begin_streamed_prefill(pair, prompt, handoff_id, writes)
     if decoding is None:

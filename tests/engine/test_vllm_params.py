@@ -7,7 +7,6 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from baton.contract.errors import EngineFailed
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import TopLogprob
 from baton.contract.sampling import SamplingSpec, ServiceWish, StructuredOutput
@@ -135,7 +134,10 @@ def test_the_engine_and_the_connector_use_the_same_keys() -> None:
 
 
 def test_host_memory_for_kv_comes_behind_nixl() -> None:
-    """On CPU one connector of ours, on CUDA two of vLLM's list: NIXL is always asked first."""
+    """On CPU one connector of ours, on CUDA two of vLLM's list: NIXL is always asked first. Streams go with
+    the first and not with the second."""
+    from baton.engine import vllm_swap_connector
+
     decode = VllmEngineSettings(model="m", role=WorkerRole.DECODE, host_kv_bytes=1 << 20)
     arguments = transfer_arguments(decode)
     assert arguments["kv_connector"] == "SwappingNixlConnector"
@@ -147,8 +149,24 @@ def test_host_memory_for_kv_comes_behind_nixl() -> None:
         "LeasedNixlConnector",
         "SimpleCPUOffloadConnector",
     ]
-    with pytest.raises(EngineFailed, match="use transfer pull"):
-        transfer_arguments(replace(decode, transfer="stream"))
+    streaming = replace(decode, transfer="stream")
+    arguments = transfer_arguments(streaming)
+    assert arguments["kv_connector"] == vllm_swap_connector.STREAMING_CONNECTOR_NAME
+    assert hasattr(vllm_swap_connector, arguments["kv_connector"])
+    on_cuda = replace(streaming, device="cuda")
+    assert on_cuda.reason_not_to_stream == "host memory for KV is another connector's there"
+    assert transfer_arguments(on_cuda) == transfer_arguments(replace(decode, device="cuda"))
+
+
+def test_on_cuda_both_ends_of_a_stream_schedule_for_the_first_token() -> None:
+    """The decode engine takes it up; the prefill engine plans no step ahead of telling it."""
+    decode = VllmEngineSettings(model="m", role=WorkerRole.DECODE, device="cuda", transfer="stream")
+    arguments = engine_arguments(decode)
+    assert arguments["scheduler_cls"].endswith("AsyncFirstTokenScheduler") and arguments["async_scheduling"]
+    assert "scheduler_cls" not in engine_arguments(replace(decode, transfer="pull"))
+    prefill = replace(decode, role=WorkerRole.PREFILL, scheduler="shortest-prefill")
+    arguments = engine_arguments(prefill)
+    assert arguments["scheduler_cls"].endswith(".MlfqScheduler") and not arguments["async_scheduling"]
 
 
 def test_residents_are_more_than_places_and_drift_brings_vllms_own_scheduler_back() -> None:

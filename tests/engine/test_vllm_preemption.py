@@ -13,6 +13,7 @@ from baton.contract.lifecycle import WorkerRole
 from baton.contract.sampling import SamplingSpec, StructuredOutput
 from baton.engine.base import FinishedPrefill
 from tests.engine.pair import EnginePair, LegResult
+from tests.engine.streams import streamed
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -47,11 +48,13 @@ def test_on_cuda_vllms_own_offload_keeps_the_tokens(demo_model: Path) -> None:
         pair.close()
 
 
-def test_handed_off_requests_are_swapped_and_keep_their_tokens(demo_model: Path) -> None:
+@pytest.mark.parametrize("transfer", ["pull", "stream"])
+def test_handed_off_requests_are_swapped_and_keep_their_tokens(demo_model: Path, transfer: str) -> None:
     """
     1. five long requests, eight short ones and two that must keep to a shape, for two places; memory for
        three long ones
-    2. their KV comes by NIXL, leaves for the host and comes back; nothing is computed twice
+    2. their KV comes by NIXL, leaves for the host and comes back; nothing is computed twice. Streamed: the
+       prefill engine computes them in another order than that in which blocks are promised to them
     3. every answer is what the engine says when it is asked alone
     """
     pair = EnginePair(demo_model)
@@ -65,6 +68,7 @@ def test_handed_off_requests_are_swapped_and_keep_their_tokens(demo_model: Path)
                 },
                 max_model_len=512,
                 kv_lease_s=60,
+                transfer=transfer,
             ),
             timeout_s=400,
         )  # fmt: skip
@@ -90,6 +94,8 @@ def test_handed_off_requests_are_swapped_and_keep_their_tokens(demo_model: Path)
         ) -> Awaitable[tuple[FinishedPrefill, LegResult]]:
             # A grammar starts with the answer: whoever continues it must have sampled all of it.
             has_shape = sampling.structured_output is not None
+            if transfer == "stream":
+                return streamed(pair, prompt, sampling=sampling, has_first_token=not has_shape)
             by = WorkerRole.DECODE if has_shape else WorkerRole.PREFILL
             return pair.handoff(prompt, sampling, first_token_by=by)
 

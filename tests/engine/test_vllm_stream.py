@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from baton.contract.sampling import SamplingSpec
 from baton.engine.base import FinishedPrefill
 from baton.engine.vllm_settings import VllmEngineSettings, transfer_arguments
 from tests.engine.pair import EnginePair, LegResult, begin_prefill
@@ -54,10 +56,58 @@ def expected_tokens(pair: EnginePair, prompt: list[int]) -> list[int]:
 def test_streamed_output_equals_a_colocated_run(vllm_pair: EnginePair, num_tokens: int) -> None:
     prompt = random_prompt(num_tokens)
     expected = expected_tokens(vllm_pair, prompt)
-    _, result = vllm_pair.run(streamed(vllm_pair, prompt), timeout_s=40.0)
-    assert result.error is None
-    assert result.token_ids == expected
+    for has_first_token in (True, False):
+        _, result = vllm_pair.run(
+            streamed(vllm_pair, prompt, has_first_token=has_first_token), timeout_s=40.0
+        )
+        assert result.error is None
+        assert result.token_ids == expected
+        vllm_pair.run(vllm_pair.wait_until_free())
+        vllm_pair.run(vllm_pair.forget_prefixes())
+
+
+def test_the_first_token_is_the_prefill_workers_own(vllm_pair: EnginePair) -> None:
+    """Drawn at random over there: the decode worker could not have guessed it."""
+    wild = msgspec.structs.replace(GREEDY, temperature=2.0)
+    for number in range(6):
+        prompt = random_prompt(CHUNK + 7 * number, seed=40)
+        finished, result = vllm_pair.run(streamed(vllm_pair, prompt, sampling=wild), timeout_s=40.0)
+        assert result.error is None
+        assert len(result.token_ids) == GREEDY.max_tokens
+        assert result.token_ids[:1] == finished.delta.token_ids
+        assert result.text.startswith(finished.delta.text)
+
+
+@pytest.mark.parametrize(
+    "case", ["stops-at-first", "stops-at-second", "min-tokens", "two-tokens", "repetition", "last-position"]
+)
+def test_answers_end_and_read_as_colocated_ones(vllm_pair: EnginePair, case: str) -> None:
+    """The token from the prefill worker is prompt to the one half of vLLM and output to the other; what
+    depends on counting either must not show it."""
+    prompt = random_prompt(2 * CHUNK + 3, seed=41)
+    first, second, *_ = expected_tokens(vllm_pair, prompt)
+    plain = SamplingSpec(max_tokens=12, temperature=0.0)
+    sampling = {
+        "stops-at-first": msgspec.structs.replace(plain, stop_token_ids=(first,)),
+        "stops-at-second": msgspec.structs.replace(plain, stop_token_ids=(second,)),
+        "min-tokens": msgspec.structs.replace(plain, stop_token_ids=(first, second), min_tokens=3),
+        "two-tokens": msgspec.structs.replace(plain, max_tokens=2),
+        "repetition": msgspec.structs.replace(plain, repetition_penalty=1.4),
+        "last-position": plain,
+    }[case]
+    if case == "last-position":  # room for three tokens more
+        prompt = random_prompt(2048 - 3, seed=41)
+    expected = vllm_pair.run(vllm_pair.colocated(prompt, sampling))
+    vllm_pair.run(vllm_pair.forget_prefixes())
+    finished, result = vllm_pair.run(streamed(vllm_pair, prompt, sampling=sampling), timeout_s=60.0)
+    assert (result.token_ids, result.text) == (expected.token_ids, expected.text)
+    assert result.last is not None and expected.last is not None
+    assert result.last.finish_reason == expected.last.finish_reason
+    assert result.last.stop_reason == expected.last.stop_reason
+    if case == "stops-at-first":
+        assert finished.delta.finish_reason == "stop"
     vllm_pair.run(vllm_pair.wait_until_free())
+    vllm_pair.run(vllm_pair.forget_prefixes())
 
 
 @pytest.mark.parametrize("writes", ["layer", "end"])

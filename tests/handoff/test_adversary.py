@@ -88,7 +88,8 @@ def assert_nothing_is_held(world: World, *, source_pool: int, destination_pool: 
 def test_whatever_happens_nothing_lands_wrong_and_nothing_is_held_for_ever(data: st.DataObject):
     world = World(source_pool=12, destination_pool=12)
     for number in range(data.draw(st.integers(1, 5))):
-        world.add(f"h{number}", data.draw(st.integers(1, 5)), data.draw(st.integers(0, 2)))
+        first_token = data.draw(st.sampled_from([None, 70 + number]))
+        world.add(f"h{number}", data.draw(st.integers(1, 5)), data.draw(st.integers(0, 2)), first_token)
     adverse_steps(world, data, data.draw(st.integers(0, 80)), may_die=True)
     fair_end(world)
     assert_nothing_is_held(world, source_pool=12, destination_pool=12)
@@ -102,7 +103,7 @@ def test_a_tiny_decode_pool_never_deadlocks(data: st.DataObject):
     sizes = data.draw(st.lists(st.integers(1, 4), min_size=2, max_size=6))
     world = World(source_pool=4, destination_pool=4)
     for number, size in enumerate(sizes):
-        world.add(f"h{number}", size)
+        world.add(f"h{number}", size, first_token=data.draw(st.sampled_from([None, 70 + number])))
     jobs = list(world.jobs.values())
     for _ in range(data.draw(st.integers(0, 40))):
         # Prompts are taken up in one order on both workers; how far each has come is arbitrary.

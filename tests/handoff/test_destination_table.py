@@ -8,6 +8,7 @@ from baton.handoff.destination import (
     Cancel,
     CancelAcknowledged,
     DestinationTable,
+    FirstTokenArrived,
     Free,
     GiveUp,
     OwnerAborted,
@@ -148,3 +149,28 @@ def test_one_that_leaves_the_line_does_not_block_it():
     line.give_back("b")
     line.give_back("a")
     assert line.ask("c", 1)
+
+
+def test_where_the_first_token_is_wanted_the_kv_alone_is_not_enough():
+    """In either order; and what is given up owes no token any more, only its writes."""
+    token = FirstTokenArrived(handoff_id="h1", epoch=1, source="p0", token_id=7)
+    wanted = Reserve(handoff_id="h1", epoch=1, sources=("p0",), lease_s=60.0, wants_first_token=True)
+    destination = table()
+    destination.on_event(wanted, 0.0)
+    assert destination.on_event(arrived(0, total=1), 1.0) == []
+    assert destination.on_event(token, 1.1) == [Activate("h1", 7)]
+    destination.on_event(wanted, 2.0)
+    assert destination.on_event(token, 2.1) == []
+    assert destination.on_event(arrived(0, total=1), 2.2) == [Activate("h1", 7)]
+    destination.on_event(wanted, 3.0)
+    destination.on_event(OwnerAborted("h1"), 3.1)
+    assert destination.on_event(arrived(0, total=1), 3.2) == [Free("h1")]
+
+
+def test_a_first_token_that_never_comes_ends_like_any_silence():
+    destination = table()
+    destination.on_event(
+        Reserve(handoff_id="h1", epoch=1, sources=("p0",), lease_s=60.0, wants_first_token=True), 0.0
+    )
+    destination.on_event(arrived(0, total=1), 1.0)
+    assert GiveUp("h1", "p0 fell silent") in destination.on_time(11.0)

@@ -14,6 +14,7 @@ from baton.handoff.source import (
     DestinationLost,
     DestinationRegistered,
     Fail,
+    GiveFirstToken,
     PrefillEnded,
     PrefillPreempted,
     Reassure,
@@ -49,7 +50,11 @@ def computed(num_ready: int, num_total: int = 4, layer: int | None = None) -> Bl
 
 
 def registered(
-    key: StreamKey = KEY, *, num_skipped: int = 0, num_destinations: int = 1
+    key: StreamKey = KEY,
+    *,
+    num_skipped: int = 0,
+    num_destinations: int = 1,
+    wants_first_token: bool = False,
 ) -> DestinationRegistered:
     return DestinationRegistered(
         key=key,
@@ -57,6 +62,7 @@ def registered(
         block_ids=[20, 21, 22, 23][num_skipped:],
         num_skipped=num_skipped,
         ttl_s=30.0,
+        wants_first_token=wants_first_token,
     )
 
 
@@ -253,3 +259,42 @@ def test_a_registration_after_the_release_is_refused_at_once():
     source.on_time(10.0)
     assert source.on_event(registered(), 10.1) == [Fail(KEY, "the source has released these blocks")]
     assert source.is_idle
+
+
+def test_a_stream_that_owes_the_first_token_outlives_its_last_write():
+    """
+    1. all is written and landed before the prompt's last position is sampled: nothing is released yet
+    2. the prefill ends with a token: it is given, and now the destination is served
+    """
+    source = table()
+    source.on_event(registered(wants_first_token=True), 0.0)
+    source.on_event(computed(4), 1.0)
+    assert source.on_event(WriteEnded(KEY, 0, True), 1.1) == []
+    ended = PrefillEnded(handoff_id="h1", lease_s=30.0, first_token=7)
+    assert source.on_event(ended, 1.2) == [GiveFirstToken(KEY, 7), Release("h1")]
+    assert source.is_idle
+
+
+def test_a_late_destination_gets_the_first_token_with_the_blocks():
+    source = table()
+    source.on_event(computed(4), 1.0)
+    source.on_event(PrefillEnded(handoff_id="h1", lease_s=30.0, first_token=7), 1.2)
+    actions = source.on_event(registered(wants_first_token=True), 2.0)
+    assert writes(actions) == [(0, 1, [10, 11, 12, 13], [20, 21, 22, 23])]
+    assert actions[-1] == GiveFirstToken(KEY, 7)
+    assert source.on_event(WriteEnded(KEY, 0, True), 2.1) == [Release("h1")]
+
+
+@pytest.mark.parametrize(
+    ("lease_s", "reason"),
+    [(None, "the prefill was aborted"), (30.0, "the prefill ended without a token")],
+    ids=["aborted", "no-token"],
+)
+def test_a_token_that_will_not_come_fails_the_stream_whose_blocks_are_all_there(lease_s, reason):
+    """Nobody waits for it."""
+    source = table()
+    source.on_event(registered(wants_first_token=True), 0.0)
+    source.on_event(computed(4), 1.0)
+    source.on_event(WriteEnded(KEY, 0, True), 1.1)
+    actions = source.on_event(PrefillEnded(handoff_id="h1", lease_s=lease_s), 1.2)
+    assert Fail(KEY, reason) in actions

@@ -13,6 +13,7 @@ from baton.handoff.destination import (
     Cancel,
     CancelAcknowledged,
     DestinationTable,
+    FirstTokenArrived,
     Free,
     GiveUp,
     OwnerAborted,
@@ -30,6 +31,7 @@ from baton.handoff.source import (
     CancelReceived,
     DestinationRegistered,
     Fail,
+    GiveFirstToken,
     PrefillEnded,
     PrefillPreempted,
     Reassure,
@@ -49,6 +51,8 @@ class Job:
     handoff_id: str
     num_blocks: int
     num_skipped: int
+    first_token: int | None = None
+    """Wanted along with the KV."""
     source_blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     is_prefill_over: bool = False
@@ -86,8 +90,11 @@ class World:
 
     # ── engines ───────────────────────────────────────────────────────────────────────────────
 
-    def add(self, handoff_id: str, num_blocks: int, num_skipped: int = 0) -> Job:
-        job = self.jobs[handoff_id] = Job(handoff_id, num_blocks, min(num_skipped, num_blocks - 1))
+    def add(
+        self, handoff_id: str, num_blocks: int, num_skipped: int = 0, first_token: int | None = None
+    ) -> Job:
+        job = Job(handoff_id, num_blocks, min(num_skipped, num_blocks - 1), first_token)
+        self.jobs[handoff_id] = job
         return job
 
     def step_prefill(self, job: Job) -> None:
@@ -115,7 +122,9 @@ class World:
         if not self.is_source_alive or job.is_prefill_over or job.num_computed == 0:
             return
         job.is_prefill_over = True
-        self._tell_source(PrefillEnded(handoff_id=job.handoff_id, lease_s=lease_s))
+        self._tell_source(
+            PrefillEnded(handoff_id=job.handoff_id, lease_s=lease_s, first_token=job.first_token)
+        )
 
     def preempt(self, job: Job) -> None:
         if not self.is_source_alive or job.is_prefill_over or job.num_computed == 0:
@@ -144,7 +153,13 @@ class World:
                 for layer in range(NUM_LAYERS):
                     self.destination_memory[block, layer] = (job.handoff_id, index)
         self._tell_destination(
-            Reserve(handoff_id=job.handoff_id, epoch=job.epoch, sources=("p0",), lease_s=4 * LEASE_S)
+            Reserve(
+                handoff_id=job.handoff_id,
+                epoch=job.epoch,
+                sources=("p0",),
+                lease_s=4 * LEASE_S,
+                wants_first_token=job.first_token is not None,
+            )
         )
 
     def abort_decode(self, job: Job) -> None:
@@ -233,6 +248,12 @@ class World:
                     assert not job.is_source_released
                     job.is_source_released = True
                     self._reuse(job.source_blocks)
+                case GiveFirstToken(key, token_id):
+                    self._send_to_destination(
+                        FirstTokenArrived(
+                            handoff_id=key.handoff_id, epoch=key.epoch, source="p0", token_id=token_id
+                        )
+                    )
                 case Fail(key, reason):
                     self._send_to_destination(
                         SourceFailed(handoff_id=key.handoff_id, epoch=key.epoch, source="p0", reason=reason)
@@ -258,11 +279,13 @@ class World:
                             block_ids=job.destination_blocks[job.num_skipped :],
                             num_skipped=job.num_skipped,
                             ttl_s=LEASE_S,
+                            wants_first_token=job.first_token is not None,
                         )
                     )
                 case Cancel(handoff_id, epoch, _):
                     self._send_to_source(CancelReceived(StreamKey(handoff_id, "d0", epoch)))
-                case Activate(handoff_id):
+                case Activate(handoff_id, first_token):
+                    assert first_token == self.jobs[handoff_id].first_token
                     self._activate(self.jobs[handoff_id])
                 case GiveUp(handoff_id, _):
                     self.num_given_up += 1

@@ -8,6 +8,7 @@ from baton.transfer.stream_wire import (
     PREFIX,
     BlocksWritten,
     CancelStream,
+    FirstToken,
     RegisterStream,
     StreamFailed,
     StreamMessage,
@@ -27,7 +28,9 @@ MESSAGES: list[StreamMessage] = [
         num_skipped=2,
         block_ids=[5, 6],
         ttl_s=60.0,
+        wants_first_token=True,
     ),
+    FirstToken(handoff_id="h1", source="p", epoch=7, token_id=42),
 ]
 
 
