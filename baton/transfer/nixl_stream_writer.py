@@ -75,12 +75,16 @@ class NoticeSorter:
         self._lock = threading.Lock()
         self._stock: dict[str, list[bytes]] = {}
         self._ours: deque[bytes] = deque()
+        self.is_agent_busy = False
+        """A write is being posted, which may copy its bytes, and whoever calls the agent would wait for that.
+        The model thread must not: it has a token to sample. It hears of notices in its next step."""
         agent.get_new_notifs = self.take_stock
 
     def take_stock(self) -> dict[str, list[bytes]]:
         """What vLLM's own code sees."""
         with self._lock:
-            self._sort()
+            if not self.is_agent_busy:
+                self._sort()
             stock, self._stock = self._stock, {}
         return stock
 
@@ -351,10 +355,13 @@ class StreamWriter:
             handle = self._peers[key.destination].prepare_write(
                 write.layers, write.source_blocks, write.destination_blocks, encode(notice)
             )
+            self._notices.is_agent_busy = True
             state = self._agent.transfer(handle)
         except Exception as error:  # whatever NIXL throws about this write or its peer
             logger.warning("kv write failed: handoff_id=%s seq=%d %s", key.handoff_id, write.seq, error)
             state = "ERR"
+        finally:
+            self._notices.is_agent_busy = False
         if state == "DONE":
             self._on_write(len(write.source_blocks) * len(write.layers), time.monotonic() - started_s)
         flight = _InFlight(handle, key, write.seq, is_good=state != "ERR")

@@ -13,7 +13,7 @@ from baton.contract.lifecycle import WorkerRole
 from baton.contract.sampling import SamplingSpec, StructuredOutput
 from baton.engine.base import FinishedPrefill
 from tests.engine.pair import EnginePair, LegResult
-from tests.engine.streams import streamed
+from tests.engine.streams import random_prompt, streamed
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -114,6 +114,48 @@ def test_handed_off_requests_are_swapped_and_keep_their_tokens(demo_model: Path,
         assert load.scheduler.num_recomputed_tokens == 0
         assert load.scheduler.num_fallbacks == 0
         assert load.num_kv_transfers == len(jobs)
+        pair.run(pair.wait_until_free())
+    finally:
+        pair.close()
+
+
+def test_a_prefill_that_is_preempted_while_it_streams_goes_on_from_where_it_stood(demo_model: Path) -> None:
+    """
+    1. a long prompt has begun, half of it is on the decode engine; memory for 24 blocks, it needs 20
+    2. short ones overtake it, and nobody takes their KV yet: the long one's blocks are taken away
+    3. the short ones' readers come; the long one is computed again, and only what was missing is written
+    """
+    pair = EnginePair(demo_model)
+    try:
+        pair.run(
+            pair.start(
+                prefill={
+                    "scheduler": "shortest-prefill", "max_num_batched_tokens": 64, "kv_cache_bytes": KV_BYTES,
+                },
+                max_model_len=768,
+                transfer="stream",
+            ),
+            timeout_s=400,
+        )  # fmt: skip
+        sampling = SamplingSpec(max_tokens=6, temperature=0.0, ignore_eos=True)
+        long, *shorts = [random_prompt(20 * 32, seed=50)] + [random_prompt(50, seed=51 + i) for i in range(7)]
+
+        async def story() -> list[LegResult]:
+            legs = [asyncio.create_task(streamed(pair, long, sampling=sampling))]
+            await asyncio.sleep(0.1)
+            legs += [
+                asyncio.create_task(streamed(pair, prompt, sampling=sampling, decode_after_s=2.0))
+                for prompt in shorts
+            ]
+            return [result for _, result in await asyncio.gather(*legs)]
+
+        results = pair.run(story(), timeout_s=200)
+        load = pair.prefill.load()
+        for prompt, result in zip([long, *shorts], results, strict=True):
+            assert result.error is None
+            assert result.token_ids == pair.run(pair.colocated(prompt, sampling)).token_ids
+        assert load.scheduler is not None
+        assert load.scheduler.num_recomputed_tokens > 0, "nothing was preempted"
         pair.run(pair.wait_until_free())
     finally:
         pair.close()
