@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 from baton.contract.messages import KvSource
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
 from baton.engine.base import FinishedPrefill
+from baton.engine.vllm_settings import VllmEngineSettings, transfer_arguments
 from tests.engine.pair import EnginePair, LegResult, begin_prefill
 
 GREEDY = SamplingSpec(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+def faulty_transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
+    """Loads a connector that can be told to misbehave."""
+    return transfer_arguments(settings) | {
+        "kv_connector": "FaultyStreamingConnector",
+        "kv_connector_module_path": "tests.engine.faulty_connector",
+    }
 
 
 def random_prompt(num_tokens: int, seed: int = 0) -> list[int]:

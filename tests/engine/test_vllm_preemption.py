@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import Awaitable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from baton.contract.lifecycle import WorkerRole
 from baton.contract.sampling import SamplingSpec, StructuredOutput
 from baton.engine.base import FinishedPrefill
 from tests.engine.pair import EnginePair, LegResult
-from tests.engine.streams import random_prompt, streamed
+from tests.engine.streams import faulty_transfer_arguments, random_prompt, streamed
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -119,12 +120,16 @@ def test_handed_off_requests_are_swapped_and_keep_their_tokens(demo_model: Path,
         pair.close()
 
 
-def test_a_prefill_that_is_preempted_while_it_streams_goes_on_from_where_it_stood(demo_model: Path) -> None:
+def test_a_prefill_that_is_preempted_while_it_streams_goes_on_from_where_it_stood(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """
-    1. a long prompt has begun, half of it is on the decode engine; memory for 24 blocks, it needs 20
+    1. a long prompt has begun, and pauses after each chunk; memory for 23 blocks, it needs 20
     2. short ones overtake it, and nobody takes their KV yet: the long one's blocks are taken away
     3. the short ones' readers come; the long one is computed again, and only what was missing is written
     """
+    importlib.import_module("baton.engine.vllm_engine")
+    monkeypatch.setattr("baton.engine.vllm_engine.transfer_arguments", faulty_transfer_arguments)
     pair = EnginePair(demo_model)
     try:
         pair.run(
@@ -132,7 +137,8 @@ def test_a_prefill_that_is_preempted_while_it_streams_goes_on_from_where_it_stoo
                 prefill={
                     "scheduler": "shortest-prefill", "max_num_batched_tokens": 64, "kv_cache_bytes": KV_BYTES,
                 },
-                max_model_len=768,
+                max_model_len=704,
+                kv_lease_s=60,
                 transfer="stream",
             ),
             timeout_s=400,
@@ -141,8 +147,9 @@ def test_a_prefill_that_is_preempted_while_it_streams_goes_on_from_where_it_stoo
         long, *shorts = [random_prompt(20 * 32, seed=50)] + [random_prompt(50, seed=51 + i) for i in range(7)]
 
         async def story() -> list[LegResult]:
-            legs = [asyncio.create_task(streamed(pair, long, sampling=sampling))]
-            await asyncio.sleep(0.1)
+            legs = [asyncio.create_task(streamed(pair, long, sampling=sampling, fault="slow"))]
+            while pair.prefill.load().num_prefill_tokens_done == 0:
+                await asyncio.sleep(0.01)
             legs += [
                 asyncio.create_task(streamed(pair, prompt, sampling=sampling, decode_after_s=2.0))
                 for prompt in shorts

@@ -7,16 +7,14 @@ import importlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
 from baton.contract.sampling import SamplingSpec
 from baton.engine.base import FinishedPrefill
-from baton.engine.vllm_settings import VllmEngineSettings, transfer_arguments
 from tests.engine.pair import EnginePair, LegResult, begin_prefill
-from tests.engine.streams import GREEDY, random_prompt, stream_source, streamed
+from tests.engine.streams import GREEDY, faulty_transfer_arguments, random_prompt, stream_source, streamed
 
 BLOCK, CHUNK = 32, 128
 LEASE_S = 3
@@ -37,13 +35,6 @@ def vllm_pair(demo_model: Path) -> Iterator[EnginePair]:
         )
     yield pair
     pair.close()
-
-
-def faulty_transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
-    return transfer_arguments(settings) | {
-        "kv_connector": "FaultyStreamingConnector",
-        "kv_connector_module_path": "tests.engine.faulty_connector",
-    }
 
 
 def expected_tokens(pair: EnginePair, prompt: list[int]) -> list[int]:

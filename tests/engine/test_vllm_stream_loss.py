@@ -14,8 +14,8 @@ import pytest
 
 from baton.engine.base import FinishedPrefill
 from tests.engine.pair import EnginePair, LegResult, begin_prefill
-from tests.engine.streams import GREEDY, random_prompt, stream_source
-from tests.engine.test_vllm_stream import CHUNK, faulty_transfer_arguments
+from tests.engine.streams import GREEDY, faulty_transfer_arguments, random_prompt, stream_source
+from tests.engine.test_vllm_stream import CHUNK
 
 LEASE_S = 3
 
