@@ -268,7 +268,7 @@ def leases(history: History) -> Found:
             num_used = num_used_blocks(worker)
             ended_s = history.last_leg_end_s(worker["worker_id"], snapshot.at_s)
             # Its load is as old as its latest message.
-            age_s = snapshot.at_s - worker["silent_s"] - ended_s if ended_s is not None else float("inf")
+            age_s = snapshot.at_s - worker["silent_s"] - ended_s
             if num_used and age_s > limits.lease_s + limits.slack_s:
                 yield (
                     None,

@@ -81,11 +81,12 @@ class History:
                     return True
         return False
 
-    def last_leg_end_s(self, worker_id: str, at_s: float) -> float | None:
-        """When a leg of the process that had this id at `at_s` last ended before; None: none of it ended."""
+    def last_leg_end_s(self, worker_id: str, at_s: float) -> float:
+        """When a leg of the process that had this id at `at_s` last ended before; when the process started,
+        if none of it had, and -inf if nobody knows that process."""
         own = [w for w in self.workers if w.worker_id == worker_id and w.started_s <= at_s]
         if not own:
-            return None
-        ends_s = max(own, key=lambda worker: worker.started_s).leg_ends_s
-        number = bisect_right(ends_s, at_s)
-        return ends_s[number - 1] if number else None
+            return float("-inf")
+        latest = max(own, key=lambda worker: worker.started_s)
+        number = bisect_right(latest.leg_ends_s, at_s)
+        return latest.leg_ends_s[number - 1] if number else latest.started_s

@@ -234,6 +234,17 @@ def test_a_hold_within_its_lease_is_none_of_the_rules_business(tmp_path: Path):
     assert check(read_run(write_run(tmp_path, snapshots=[young, snapshot()]))) == []
 
 
+def test_the_first_hold_of_a_worker_is_no_older_than_the_worker(tmp_path: Path):
+    """Told before its log has the leg's end: the two are written in one moment, by two processes."""
+    again = Log("prefill").say(20.0, "worker starting worker_id=prefill-1 boot_id=b9 pid=8")
+    young = snapshot(worker_snapshot("prefill-1", num_used_blocks=1), at_s=26.0, is_quiet=False)
+    run = write_run(tmp_path / "young", logs={"prefill-1-1": again}, snapshots=[young, snapshot()])
+    assert check(read_run(run)) == []
+    old = snapshot(worker_snapshot("prefill-1", num_used_blocks=1), at_s=28.0, is_quiet=False)
+    run = write_run(tmp_path / "old", logs={"prefill-1-1": again}, snapshots=[old, snapshot()])
+    assert {violation.rule for violation in check(read_run(run))} == {"leases"}
+
+
 def test_a_retried_request_may_queue_for_each_attempt(tmp_path: Path):
     """
     1. it is queued for 9 s of 10, its attempt fails, and it is queued for 9 s again: within the deadline
