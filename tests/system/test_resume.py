@@ -11,11 +11,13 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 
 from baton.client import BatonClient
+from baton.processes import RecordedProcess
 from tests.system.cases import random_prompt
 from tests.system.fleet import Fleet, wait_for
 
@@ -73,6 +75,19 @@ def usage(answer: Any) -> tuple[int, int]:
 def running_on(fleet: Fleet, name: str) -> int:
     running: int = fleet.workers()[name]["load"]["num_running"]
     return running
+
+
+def num_legs(fleet: Fleet, name: str) -> int:
+    legs: int = fleet.workers()[name]["num_legs"]
+    return legs
+
+
+def is_gone(fleet: Fleet, name: str) -> bool:
+    return name not in fleet.workers()
+
+
+def has_logged(worker: RecordedProcess, what: str) -> bool:
+    return what in worker.log_text()
 
 
 def metric(fleet: Fleet, name: str) -> float:
@@ -172,7 +187,7 @@ def test_pain_8_a_killed_worker_is_missed_at_once_and_one_on_its_address_serves_
     boot_ids = {name: worker["boot_id"] for name, worker in fleet.workers().items()}
     address = {name: worker["transfer_endpoint"] for name, worker in fleet.workers().items()}
     is_over = False
-    missed_s, served_s = [], []
+    missed_s: list[float] = []
 
     def load(number: int) -> list[int]:
         statuses = []
@@ -184,17 +199,15 @@ def test_pain_8_a_killed_worker_is_missed_at_once_and_one_on_its_address_serves_
         running = [threads.submit(load, number) for number in range(8)]
         try:
             for name in sorted(boot_ids):
-                wait_for(f"work on {name}", lambda name=name: fleet.workers()[name]["num_legs"], 20.0)
+                wait_for(f"work on {name}", partial(num_legs, fleet, name), 20.0)
                 fleet.kill(name)
                 killed_s = time.monotonic()
-                wait_for("the loss", lambda name=name: name not in fleet.workers(), 10.0)
+                wait_for("the loss", partial(is_gone, fleet, name), 10.0)
                 missed_s.append(time.monotonic() - killed_s)
                 port = address[name].rpartition(":")[2]
                 worker = fleet.start_worker(name.partition("-")[0], name, *WORKER, "--transfer-port", port)
-                wait_for("readiness", lambda worker=worker: " worker ready " in worker.log_text(), 60.0)
-                ready_s = time.monotonic()
-                wait_for("work", lambda name=name: fleet.workers()[name]["num_legs"], 10.0)
-                served_s.append(time.monotonic() - ready_s)
+                wait_for("readiness", partial(has_logged, worker, " worker ready "), 60.0)
+                wait_for("work", partial(num_legs, fleet, name), 10.0)
         finally:
             is_over = True
         statuses = [status for future in running for status in future.result()]
