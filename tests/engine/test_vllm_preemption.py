@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import time
 from collections.abc import Awaitable
 from pathlib import Path
 
@@ -148,7 +149,9 @@ def test_a_prefill_that_is_preempted_while_it_streams_goes_on_from_where_it_stoo
 
         async def story() -> list[LegResult]:
             legs = [asyncio.create_task(streamed(pair, long, sampling=sampling, fault="slow"))]
+            deadline_s = time.monotonic() + 30.0
             while pair.prefill.load().num_prefill_tokens_done == 0:
+                assert time.monotonic() < deadline_s, "no prefill step"
                 await asyncio.sleep(0.01)
             legs += [
                 asyncio.create_task(streamed(pair, prompt, sampling=sampling, decode_after_s=2.0))
