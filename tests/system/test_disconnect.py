@@ -71,7 +71,7 @@ def test_in_the_middle_of_a_stream(fleet: Fleet) -> None:
 
 
 def test_while_a_whole_answer_is_generated(fleet: Fleet) -> None:
-    with contextlib.closing(_begin(fleet, _body("whole"))):
+    with contextlib.closing(begin(fleet, _body("whole"))):
         wait_for("decoding", lambda: _is_decoding(fleet), 20.0)
     fleet.wait_until_idle(FREE_WITHIN_S)
 
@@ -80,7 +80,7 @@ def test_before_the_first_token(fleet: Fleet) -> None:
     """At moments spread over prefill and hand-off: each must find the one who holds something."""
     dice = random.Random(5)
     for number in range(12):
-        with contextlib.closing(_begin(fleet, _body(f"early {number}", 1500))):
+        with contextlib.closing(begin(fleet, _body(f"early {number}", 1500))):
             wait_for("acceptance", lambda: fleet.snapshot()["num_requests"], 20.0)
             wait_for("the moment", elapsed(dice.uniform(0.0, 0.4)), 5.0)
     fleet.wait_until_idle(FREE_WITHIN_S)
@@ -142,7 +142,7 @@ def test_a_zeromq_client_that_is_killed(fleet: Fleet) -> None:
     fleet.wait_until_idle(FREE_WITHIN_S)
 
 
-def _begin(fleet: Fleet, body: dict[str, Any]) -> Any:
+def begin(fleet: Fleet, body: dict[str, Any]) -> Any:
     """A request whose answer nobody waits for; closing is leaving."""
     connection = http.client.HTTPConnection("127.0.0.1", fleet.http_port, timeout=30)
     connection.request("POST", "/v1/completions", body=json.dumps(body))
