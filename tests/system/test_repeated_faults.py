@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -167,7 +168,7 @@ def test_prefill_workers_killed_two_hundred_times(fleet: Fleet) -> None:
                 fleet.kill("crowd")
                 killed_s = time.monotonic()
             start_crowd(fleet)
-            wait_for("a hand-off", lambda seed=round_number: is_handed_off(fleet, seed), SERVES_WITHIN_S)
+            wait_for("a hand-off", partial(is_handed_off, fleet, round_number), SERVES_WITHIN_S)
             print(f"served {time.monotonic() - killed_s:.1f} s after the kill")
             ends = [future.result() for future in staying]
             assert {a.status for a in ends} <= {200, 502, 503, 504}

@@ -190,7 +190,7 @@ def test_pain_8_a_killed_worker_is_missed_at_once_and_one_on_its_address_serves_
     missed_s: list[float] = []
 
     def load(number: int) -> list[int]:
-        statuses = []
+        statuses: list[int] = []
         while not is_over:
             statuses.append(fleet.complete(**body(1000 + len(statuses) * 8 + number, max_tokens=60)).status)
         return statuses
