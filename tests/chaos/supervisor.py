@@ -45,12 +45,14 @@ class Supervised:
         self.kills.append(kill)
 
     def wait_until_whole(self) -> None:
-        """Until every worker that was started is registered."""
-        expected = set(self._start) - {"coordinator"}
+        """Until every worker is registered, by the process that was started last: the coordinator may not
+        have missed its predecessor yet."""
+        expected = {name: member.pid for name, member in self.fleet.members.items() if name != "coordinator"}
 
         def look() -> bool:
             with suppress(OSError, ValueError):
-                return expected <= set(self.fleet.workers()) and self.fleet.is_ready()
+                registered = {name: worker["pid"] for name, worker in self.fleet.workers().items()}
+                return registered == expected and self.fleet.is_ready()
             return False
 
         wait_for("a whole fleet", look, RECOVERY_TIMEOUT_S)
