@@ -85,6 +85,16 @@ def ends_once(history: History) -> Found:
             yield request_id, f"{coordinator.process} ended it and never accepted it"
 
 
+def legs_end(history: History) -> Found:
+    """Each leg that a worker began ends exactly once, unless the worker or its coordinator died."""
+    for worker in history.workers:
+        for request_id, handoff_id in worker.stray_ends:
+            yield request_id, f"{worker.process} ended leg {handoff_id}, which it was not serving"
+        if worker.stopped_s is not None:
+            for handoff_id, request_id in worker.open_legs.items():
+                yield request_id, f"{worker.process} stopped and had never ended leg {handoff_id}"
+
+
 def outcomes_agree(history: History) -> Found:
     """What a client heard is what its coordinator recorded."""
     for ask in history.asks:
@@ -279,6 +289,7 @@ def leases(history: History) -> Found:
 
 RULES: dict[str, Callable[[History], Found]] = {
     "ends once": ends_once,
+    "legs end": legs_end,
     "outcomes agree": outcomes_agree,
     "token order": token_order,
     "golden text": golden_text,

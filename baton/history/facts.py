@@ -46,8 +46,15 @@ class WorkerRecord:
     process: str
     worker_id: str
     started_s: float
+    stopped_s: float | None = None
+    """None: it was killed, or still runs."""
+    open_legs: dict[str, str] = field(default_factory=dict)
+    """Request ids by hand-off id, of legs without an end; those abandoned with a lost coordinator are
+    not among them."""
     leg_ends_s: list[float] = field(default_factory=list)
     """When its legs finished or failed, in order."""
+    stray_ends: list[tuple[str, str]] = field(default_factory=list)
+    """(request id, hand-off id) of ends of legs that were not open."""
 
 
 @dataclass(slots=True)

@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         return _check(arguments.run)
+    except BrokenPipeError:
+        return EXIT_OK
     except (BrokenRun, OSError) as error:
         print(f"baton history: {error}", file=sys.stderr)
         return EXIT_USAGE

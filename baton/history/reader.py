@@ -91,12 +91,27 @@ def _read_process(path: Path, coordinators: list[CoordinatorRecord], workers: li
             worker = WorkerRecord(path.stem, line.fields["worker_id"], line.at_s)
             workers.append(worker)
         elif worker is not None:
-            if line.text.startswith(("leg finished ", "leg failed ")):
-                worker.leg_ends_s.append(line.at_s)
+            _read_worker(line, worker)
         else:
             _read_coordinator(line, coordinator)
     if coordinator.ready_s is not None:
         coordinators.append(coordinator)
+
+
+def _read_worker(line: LogLine, record: WorkerRecord) -> None:
+    text = line.text
+    if text.startswith("leg started "):
+        fields = line.fields
+        record.open_legs[fields["handoff_id"]] = fields["request_id"]
+    elif text.startswith(("leg finished ", "leg failed ")):
+        fields = line.fields
+        record.leg_ends_s.append(line.at_s)
+        if record.open_legs.pop(fields["handoff_id"], None) is None:
+            record.stray_ends.append((fields["request_id"], fields["handoff_id"]))
+    elif text.startswith("coordinator lost "):
+        record.open_legs.clear()
+    elif text.startswith("worker stopped"):
+        record.stopped_s = line.at_s
 
 
 def _read_coordinator(line: LogLine, record: CoordinatorRecord) -> None:

@@ -23,6 +23,7 @@ from tests.history.recorded import (
     Log,
     ask,
     coordinator_log,
+    decode_log,
     report,
     snapshot,
     worker_snapshot,
@@ -75,6 +76,17 @@ CLEAN: dict[str, dict[str, Any]] = {
         "asks": [ask(**UNFINISHED, end=End.LEFT)],
         "logs": {"coordinator-0": coordinator_log(outcome=Outcome.ABORTED, num_output_tokens=6)},
     },
+    "a leg on a worker that was killed": {
+        "logs": {"decode-1-0": decode_log().say(6.0, "leg started handoff_id=h2 request_id=r2")},
+    },
+    "a leg abandoned with its coordinator": {
+        "logs": {
+            "decode-1-0": decode_log()
+            .say(6.0, "leg started handoff_id=h2 request_id=r2 num_prompt_tokens=8")
+            .say(7.0, "coordinator lost reason='it does not know us' num_legs=1", "warning")
+            .say(70.0, "worker stopped reason='SIGTERM received'")
+        },
+    },
     "the coordinator was killed": {
         "asks": [ask(**UNFINISHED, end=End.CONNECTION_LOST)],
         "logs": {"coordinator-0": dead_coordinator(), "coordinator-1": NEXT},
@@ -118,6 +130,24 @@ PLANTED: dict[str, tuple[str, dict[str, Any]]] = {
     "an end nobody asked for": (
         "ends once",
         {"logs": {"coordinator-0": without("request accepted", coordinator_log())}},
+    ),
+    "a leg without an end": (
+        "legs end",
+        {
+            "logs": {
+                "decode-1-0": decode_log()
+                .say(6.0, "leg started handoff_id=h2 request_id=r1 num_prompt_tokens=8")
+                .say(70.0, "worker stopped reason='SIGTERM received'")
+            }
+        },
+    ),
+    "a leg that ended twice": (
+        "legs end",
+        {
+            "logs": {
+                "decode-1-0": decode_log().say(5.5, "leg failed handoff_id=h1 request_id=r1 code=aborted")
+            }
+        },
     ),
     "an answer without a record": (
         "outcomes agree",
