@@ -228,7 +228,7 @@ class Coordinator:
         if worker.is_leaving:  # the second word: its legs are done, it goes now
             self._perform(self._core.worker_lost(worker.worker_id, message.reason, now_s))
         else:
-            self._core.worker_leaving(worker)
+            self._perform(self._core.worker_leaving(worker))
 
     def drain_workers(self) -> None:
         """Ask every worker to finish and leave."""

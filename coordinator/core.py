@@ -35,6 +35,7 @@ from baton.contract.messages import (
     Heartbeat,
     KvEvents,
     LegFailed,
+    NoMoreLegs,
     PrefillFinished,
     RegisterWorker,
     SequenceDelta,
@@ -234,8 +235,16 @@ class Core:
                 actions += self._attempt_failed(request, error, worker_id, now_s)
         return actions + self._pump(now_s)
 
-    def worker_leaving(self, worker: Worker) -> None:
+    def worker_leaving(self, worker: Worker) -> list[Action]:
         self.fleet.mark_leaving(worker)
+        return self._dismiss(worker)
+
+    def _dismiss(self, worker: Worker) -> list[Action]:
+        """It may go once nothing is planned with it: a prompt may be on its way to it from elsewhere."""
+        if not worker.is_leaving or worker.is_dismissed or worker.account.num_legs:
+            return []
+        worker.is_dismissed = True
+        return [Send(worker.worker_id, NoMoreLegs())]
 
     def heartbeat(self, worker: Worker, message: Heartbeat, now_s: float) -> list[Action]:
         worker.hear_clock(message.sent_s, now_s)
@@ -351,6 +360,8 @@ class Core:
         """Ends every phase that made no progress within its deadline. Call a few times a second."""
         self.prefixes.settle_due(now_s)
         actions = self._join_tests.tick(now_s)
+        for worker in self.fleet:
+            actions += self._dismiss(worker)
         for request in list(self._requests.values()):
             if request.is_late(now_s):
                 actions += self._finish_late(request, now_s)

@@ -24,8 +24,8 @@ class Worker:
     """One registered worker. `peer` is its connection, opaque here."""
 
     __slots__ = (
-        "_clock_ahead_s", "account", "is_leaving", "is_on_trial", "is_refused", "last_heard_s", "peer",
-        "registration", "step_clock",
+        "_clock_ahead_s", "account", "is_dismissed", "is_leaving", "is_on_trial", "is_refused",
+        "last_heard_s", "peer", "registration", "step_clock",
     )  # fmt: skip
 
     def __init__(
@@ -35,6 +35,8 @@ class Worker:
         self.peer = peer
         self.last_heard_s = now_s
         self.is_leaving = False
+        self.is_dismissed = False
+        """Told that it may go."""
         self.is_on_trial = False
         """It gets no requests yet; see `join_test`."""
         self.is_refused = False

@@ -8,6 +8,7 @@ PROTOCOL_VERSION history
   2  2026-11-21  KV events: KvEvents, AskKvReplay, RegisterWorker.has_kv_events; hits in Placement;
                  role `both`, SequenceDelta.prompt_logprobs, Placement.way,
                  WorkerLoad.scheduler, SamplingSpec.service
+  3  2026-11-21  NoMoreLegs answers WorkerLeaving: a worker that drains waits for it
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from baton.contract.messages import (
     WorkerMessage,
 )
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 """Upper bound of one frame: a prompt of a million tokens is 4 MB."""

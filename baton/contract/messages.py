@@ -251,7 +251,8 @@ class KvEvents(Message, frozen=True, kw_only=True):
 
 
 class WorkerLeaving(Message, frozen=True, kw_only=True):
-    """The worker takes no new legs; it says so once more by closing when its legs are done."""
+    """The worker wants no new legs. Those that were promised to it still come, until `NoMoreLegs`. It says
+    this a second time when it goes."""
 
     reason: str
 
@@ -324,6 +325,11 @@ class AskKvReplay(Message, frozen=True, kw_only=True):
 
 class DrainWorker(Message, frozen=True, kw_only=True):
     """Take no new legs, finish the ones you have, then leave."""
+
+
+class NoMoreLegs(Message, frozen=True, kw_only=True):
+    """To a worker that is leaving: every leg that was planned with it is over, its KV has been read, and it
+    gets no new one."""
 
 
 # ── client → coordinator ──────────────────────────────────────────────────────────────────────
@@ -435,6 +441,7 @@ CoordinatorMessage = (
     | StillThere
     | AskKvReplay
     | DrainWorker
+    | NoMoreLegs
 )
 """What a worker may receive from a coordinator."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from baton.contract.errors import Draining, InvalidRequest, PromptTooLong, ServingError
+from baton.contract.errors import InvalidRequest, PromptTooLong, ServingError
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import SequenceDelta, StartDecode, StartPrefill
 from baton.contract.tokens import TOKEN_BYTES, num_token_ids
@@ -57,7 +57,6 @@ class Drop:
 
 class LegTable:
     def __init__(self, role: WorkerRole, *, max_model_len: int) -> None:
-        self.is_draining = False
         self._role = role
         self._max_model_len = max_model_len
         self._legs: dict[str, Leg] = {}
@@ -111,8 +110,6 @@ class LegTable:
         phase = WorkerRole.PREFILL if isinstance(message, StartPrefill) else WorkerRole.DECODE
         if phase not in self._role.phases:
             return InvalidRequest(f"a {self._role.value} worker cannot serve {type(message).__name__}")
-        if self.is_draining:
-            return Draining("this worker is leaving and takes no new legs")
         num_bytes = len(message.prompt_token_ids)
         if num_bytes % TOKEN_BYTES:
             return InvalidRequest(

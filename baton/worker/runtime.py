@@ -40,6 +40,7 @@ from baton.contract.messages import (
     KvEvents,
     LegFailed,
     Message,
+    NoMoreLegs,
     PrefillFinished,
     RegisterAgain,
     RegisterWorker,
@@ -119,6 +120,9 @@ class WorkerRuntime:
         self._has_been_ready = False
         self._last_lease_end_s = 0.0
         self._num_farewells = 0
+        self._is_draining = False
+        self._is_dismissed = False
+        """The coordinator wants nothing more of us."""
 
     # ── the three stages ─────────────────────────────────────────────────────────────────────
 
@@ -150,19 +154,22 @@ class WorkerRuntime:
         return self.end
 
     async def drain(self) -> None:
-        """Finish legs in flight and, on a prefill worker, wait for held KV to be read or its lease to
-        end; both within the drain timeout. Then stop the engine. What is left is aborted."""
-        self._legs.is_draining = True
+        """Finish the legs in flight and those that were promised, such as the decode leg of a prompt that is
+        being computed elsewhere; on a prefill worker wait for held KV to be read or its lease to end; all
+        within the drain timeout. Then stop the engine. What is left is aborted."""
+        self._is_draining = True
         deadline_s = self._clock.now_s() + self._drain_timeout_s
         event(lifecycle, "drain started", reason=self.end_reason, num_legs=len(self._legs))
         self._say_leaving()
-        while self.end is not EndOfServing.ENGINE_DEAD and (len(self._legs) or self._is_kv_held()):
+        while self.end is not EndOfServing.ENGINE_DEAD and (
+            len(self._legs) or self._are_legs_coming() or self._is_kv_held()
+        ):
             left_s = deadline_s - self._clock.now_s()
             if left_s <= 0:
                 event(logger, "drain timed out", level=logging.WARNING, num_legs=len(self._legs))
                 break
             self._heartbeat()
-            wait_s = self._heartbeat_interval_s if len(self._legs) else HELD_KV_INTERVAL_S
+            wait_s = HELD_KV_INTERVAL_S if self._is_dismissed else self._heartbeat_interval_s
             await self._change_within(min(left_s, wait_s))
         await self.stop()
 
@@ -198,6 +205,10 @@ class WorkerRuntime:
         except TimeoutError:
             pass
         self._changed.clear()
+
+    def _are_legs_coming(self) -> bool:
+        """A coordinator that knows us has not said otherwise."""
+        return self._registration.is_registered and not self._is_dismissed
 
     def _is_kv_held(self) -> bool:
         """A lease is running and the engine has not got all its blocks back."""
@@ -337,6 +348,9 @@ class WorkerRuntime:
                 event(logger, "kv events asked for again", first=message.first, last=message.last,
                       num_batches=len(batches))  # fmt: skip
                 self._send_kv_events(batches)
+            case NoMoreLegs():
+                self._is_dismissed = True
+                self._changed.set()
             case DrainWorker():
                 self.request_drain("the coordinator asked for it")
 
@@ -444,7 +458,7 @@ class WorkerRuntime:
         self._finish(EndOfServing.ENGINE_DEAD, f"the engine died: {reason}")
 
     def _legs_ended(self) -> None:
-        if self._legs.is_draining and not len(self._legs):
+        if self._is_draining and not len(self._legs):
             self._changed.set()
 
 

@@ -17,6 +17,7 @@ from baton.contract.messages import (
     AbortLeg,
     Heartbeat,
     KvSource,
+    NoMoreLegs,
     PrefillFinished,
     SequenceDelta,
     StartDecode,
@@ -405,6 +406,45 @@ def test_draining_refuses_and_leaving_workers_get_nothing_new(bench):
     bench.core.is_draining = True
     with pytest.raises(Draining):
         bench.submit("z")
+
+
+def test_a_leaving_worker_serves_what_was_planned_with_it_and_is_then_dismissed(make_bench):
+    """
+    1. a prompt is being computed, its decode worker leaves: it is not dismissed, a request was planned there
+    2. the prompt is computed: the decode leg goes to it all the same, the policy for failures is not asked
+    3. that leg is over: it may go, and is told once; who had nothing planned was told at once
+    """
+    bench = make_bench(transfer_failure_policy="fail")
+    bench.add("p0", P)
+    bench.add("d0", D)
+    sink = bench.submit("r")
+    ((_, prefill),) = bench.take(StartPrefill)
+    bench.add("d1", D)
+    for worker_id in ("d0", "d1"):
+        bench.perform(bench.core.worker_leaving(bench.worker(worker_id)))
+    assert [worker_id for worker_id, _ in bench.take(NoMoreLegs)] == ["d1"]
+    bench.finish_prefill("p0", prefill.handoff_id)
+    ((worker_id, decode),) = bench.take(StartDecode)
+    assert worker_id == "d0" and decode.kv_source is not None
+    bench.step("d0", prefill.handoff_id, 5, finish="stop")
+    assert sink.reports[0].outcome is Outcome.COMPLETED
+    for _ in range(2):
+        bench.perform(bench.core.tick(bench.now_s))
+    assert [worker_id for worker_id, _ in bench.take(NoMoreLegs)] == ["d0"]
+
+
+def test_a_prefill_worker_is_dismissed_when_its_kv_has_been_read(bench):
+    """
+    1. its prompt is computed and it leaves: the decode worker has yet to read, so it stays
+    2. the decode worker's first token says that the KV is there
+    """
+    _, handoff_id = bench.prefilled("r")
+    bench.perform(bench.core.worker_leaving(bench.worker("p0")))
+    bench.perform(bench.core.tick(1.0))
+    assert bench.take(NoMoreLegs) == []
+    bench.step("d0", handoff_id, 5)
+    bench.perform(bench.core.tick(1.0))
+    assert [worker_id for worker_id, _ in bench.take(NoMoreLegs)] == ["p0"]
 
 
 def test_illegal_moves_raise():

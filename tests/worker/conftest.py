@@ -20,6 +20,7 @@ from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import (
     Heartbeat,
     KvLayout,
+    NoMoreLegs,
     RegisterAgain,
     RegisterWorker,
     SequenceDelta,
@@ -27,6 +28,7 @@ from baton.contract.messages import (
     StartPrefill,
     WorkerAccepted,
     WorkerCapacity,
+    WorkerLeaving,
     WorkerLoad,
 )
 from baton.contract.sampling import SamplingSpec
@@ -65,6 +67,8 @@ class FakeCoordinator:
         self.boot_id = boot_id
         self.heartbeat_interval_s = heartbeat_interval_s
         self.is_accepting = True
+        self.is_dismissing = True
+        """A worker that leaves is told at once that nothing was planned with it."""
         self.received: list[tuple[bytes, object]] = []
         self._news = asyncio.Event()
         self._channel = RouterChannel(self._on_frames)
@@ -84,6 +88,8 @@ class FakeCoordinator:
             self.peer = peer
             if self.is_accepting:
                 self.accept()
+        if isinstance(message, WorkerLeaving) and self.is_dismissing:
+            self._channel.send(peer, codec.encode(NoMoreLegs()))
         self._news.set()
 
     def accept(self):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from baton.contract.errors import Draining, InvalidRequest, PromptTooLong
+from baton.contract.errors import InvalidRequest, PromptTooLong
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import KvSource, SequenceDelta, StartDecode, StartPrefill
 from baton.contract.sampling import SamplingSpec
@@ -85,16 +85,6 @@ def test_what_the_engine_must_not_see_is_refused_with_the_numbers(role, message,
 
 def test_the_longest_prompt_leaves_room_for_one_token():
     assert isinstance(table().on_start(prefill(prompt=[1] * 15), now_s=0.0), Start)  # 15 + 1 = 16
-
-
-def test_draining_refuses_new_legs_and_keeps_old_ones():
-    legs = table()
-    legs.on_start(prefill("h1"), now_s=0.0)
-    legs.is_draining = True
-    action = legs.on_start(prefill("h2"), now_s=0.0)
-    assert isinstance(action, Refuse)
-    assert isinstance(action.error, Draining)
-    assert len(legs) == 1
 
 
 def test_a_step_reports_known_legs_and_ends_finished_ones():

@@ -20,6 +20,7 @@ from baton.contract.messages import (
     KvEvents,
     KvSource,
     LegFailed,
+    NoMoreLegs,
     PrefillFinished,
     RegisterWorker,
     SequenceDelta,
@@ -316,15 +317,17 @@ async def test_an_answer_too_large_for_the_wire_fails_its_leg_only(
 # ── leaving ──────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_drain_finishes_legs_takes_none_and_says_so_twice(
+async def test_drain_finishes_legs_and_those_promised_and_says_so_twice(
     make_coordinator, make_engine, run_runtime, start_decode
 ):
     """
     1. a leg runs, the coordinator asks for a drain: the worker says it is leaving
-    2. a new leg is refused with `draining`; the old one finishes and is reported
-    3. the engine stops, the worker says it is gone
+    2. another prompt was planned with it and has just been computed elsewhere: that leg is served, too
+    3. both are over and the worker stays, until it hears that nothing was planned any more
+    4. the engine stops, the worker says it is gone
     """
     coordinator, engine = make_coordinator(), make_engine()
+    coordinator.is_dismissing = False
     async with run_runtime(engine, coordinator.address) as runtime:
         await coordinator.expect(Heartbeat)
         coordinator.send(start_decode("h1"))
@@ -334,13 +337,30 @@ async def test_drain_finishes_legs_takes_none_and_says_so_twice(
         draining = asyncio.create_task(runtime.drain())
         await coordinator.expect(WorkerLeaving)
         coordinator.send(start_decode("h2"))
-        assert (await coordinator.expect(LegFailed)).error.code == "draining"
-        assert not engine.is_stopped
+        await engine.expect(2)
         engine.finish("h1")
+        engine.finish("h2")
+        await coordinator.expect_heartbeat_now()
+        assert not draining.done()
+        assert not engine.is_stopped
+        coordinator.send(NoMoreLegs())
         await draining
         await coordinator.expect(WorkerLeaving, 2)
         assert coordinator.of(StepOutputs)[-1].deltas[0].finish_reason == "stop"
         assert engine.is_stopped
+
+
+async def test_a_worker_nobody_knows_waits_for_nobody(make_coordinator, make_engine, run_runtime):
+    """Its coordinator is gone and will not tell it that it may go."""
+    coordinator, engine = make_coordinator(), make_engine()
+    async with run_runtime(engine, coordinator.address, drain_timeout_s=1_000.0) as runtime:
+        await coordinator.expect(Heartbeat)
+        coordinator.is_dismissing = False
+        runtime.request_drain("test")
+        draining = asyncio.create_task(runtime.drain())
+        await coordinator.expect(WorkerLeaving)
+        coordinator.close()
+        await draining
 
 
 async def test_drain_waits_until_held_kv_was_read(make_coordinator, make_engine, run_runtime, start_prefill):
