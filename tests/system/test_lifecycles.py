@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from baton import processes
 from baton.client import BatonClient
 from baton.contract.errors import CoordinatorLost
+from baton.processes import RecordedProcess
 from tests.system.cases import random_prompt
 from tests.system.fleet import Answer, Fleet, elapsed, wait_for
 
@@ -71,7 +73,7 @@ class Load:
             self.ended.append(Ended(started_s, time.monotonic(), answer))
             self._is_over.wait(self.pause_s)
 
-    def served_by(self, name: str, since_s: float) -> list[Ended]:
+    def served_by(self, name: str, since_s: float = 0.0) -> list[Ended]:
         """Answers of a worker that were asked for after a moment, oldest first."""
         header = f"x-baton-{name.partition('-')[0]}-worker"
         return [
@@ -122,16 +124,16 @@ def test_joining_draining_and_leaving_under_load_costs_no_request(fleet: Fleet) 
         for role in ("decode", "prefill"):
             new, old = f"{role}-2", f"{role}-1"
             worker = fleet.start_worker(role, new, *FLAGS[role])
-            wait_for("readiness", lambda worker=worker: " worker ready " in worker.log_text(), 60.0)
+            wait_for("readiness", partial(_says, worker, " worker ready "), 60.0)
             ready_s = time.monotonic()
-            wait_for("an answer", lambda new=new: load.served_by(new, 0.0), JOIN_TO_FIRST_REQUEST_S)
-            print(f"\n{new}: ready to first request {load.served_by(new, 0.0)[0].started_s - ready_s:+.3f} s")
+            wait_for("an answer", partial(load.served_by, new), JOIN_TO_FIRST_REQUEST_S)
+            print(f"\n{new}: ready to first request {load.served_by(new)[0].started_s - ready_s:+.3f} s")
             leaving = fleet.members.pop(old)
             fleet.ended.append(leaving)
             leaving.terminate()
             assert processes.wait_for_exit([leaving], 20.0)
             assert leaving.exit_status() == 0
-            wait_for("its leaving", lambda old=old: old not in fleet.workers(), 5.0)
+            wait_for("its leaving", partial(_is_gone, fleet, old), 5.0)
         left_s = time.monotonic()
         wait_for("life afterwards", lambda: len(load.served_by("decode-2", left_s)) >= 8, 20.0)
     hows = [ended.how for ended in load.ended]
@@ -172,7 +174,7 @@ def test_a_prefill_worker_that_leaves_stays_until_its_kv_is_read_and_goes_at_the
             leaving = fleet.members.pop(f"prefill-{number}")
             fleet.ended.append(leaving)
             leaving.terminate()
-            wait_for("its word", lambda n=number: f"prefill-{n}" not in _serving(fleet), 5.0)
+            wait_for("its word", partial(_is_leaving, fleet, f"prefill-{number}"), 5.0)
             if how_often == 2:
                 leaving.terminate()
             else:
@@ -189,8 +191,17 @@ def test_a_prefill_worker_that_leaves_stays_until_its_kv_is_read_and_goes_at_the
         fleet.stop()
 
 
-def _serving(fleet: Fleet) -> set[str]:
-    return {name for name, worker in fleet.workers().items() if not worker["is_leaving"]}
+def _says(member: RecordedProcess, words: str) -> bool:
+    return words in member.log_text()
+
+
+def _is_gone(fleet: Fleet, name: str) -> bool:
+    return name not in fleet.workers()
+
+
+def _is_leaving(fleet: Fleet, name: str) -> bool:
+    worker = fleet.workers().get(name)
+    return worker is None or bool(worker["is_leaving"])
 
 
 def _story(fleet: Fleet) -> str:
@@ -274,7 +285,7 @@ def test_a_killed_coordinator_is_an_error_at_once_and_its_successor_serves_withi
             assert [code for code, _ in heard] == ["coordinator_lost"]
             assert heard[0][1] - killed_s < 1.0
             for name in ("prefill-1", "decode-1"):
-                wait_for("its word", lambda name=name: "coordinator lost" in fleet.log(name), 5.0)
+                wait_for("its word", partial(_says, fleet.members[name], "coordinator lost"), 5.0)
             fleet.start_coordinator(*COORDINATOR)
             wait_for("service", lambda: _ok_since(load, killed_s), RESTART_TO_SERVICE_S)
             served_s = min(ended.ended_s for ended in _ok_since(load, killed_s))
