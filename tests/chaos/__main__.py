@@ -42,9 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/chaos.sh", description=__doc__)
     parser.add_argument("name", choices=[*SCENARIOS])
     parser.add_argument("--quick", action="store_true", help="less than a minute: does it run?")
-    parser.add_argument(
-        "--minutes", type=float, metavar="N", help="how long the load lasts (simulated, soak)"
-    )
+    parser.add_argument("--minutes", type=float, metavar="N", help="how long the load lasts, at most (real)")
     parser.add_argument("--json", action="store_true", help="one JSON object per figure instead of a table")
     parser.add_argument(
         "--save", action="store_true", help="write benchmarks/results/chaos-NAME.json and .md"
@@ -84,14 +82,17 @@ def simulated(folder: Path, is_quick: bool, load_s: float | None) -> Report:
 
 
 def real(folder: Path, is_quick: bool, load_s: float | None) -> Report:
-    """2P2D of vLLM on CPU, 20 kills, each when the fleet is whole again. Quick: one kill."""
+    """2P2D of vLLM on CPU, 20 kills, each when the fleet is whole again. Quick: one kill. Few users: engines
+    that start need the cores too."""
+    num_kills = 1 if is_quick else 20
     load = Load(
-        num_users=8,
-        load_s=load_s or 0.0,
+        num_users=4,
+        think_s=0.5,
+        load_s=load_s or 1_800.0,
         victims=["decode-1"] if is_quick else in_turn(NUM_PREFILL, NUM_DECODE),
         kill_every_s=3.0,
         waits_for_recovery=True,
-        num_kills=1 if is_quick else 20,
+        num_kills=num_kills,
     )
     with RunWriter(folder) as writer:
         supervised = start_real(folder, writer, demo_model())
@@ -103,7 +104,7 @@ def real(folder: Path, is_quick: bool, load_s: float | None) -> Report:
         found = run(supervised, writer, REAL_LIMITS, load, next_job)
     if found.violations:
         print(found.told(folder), file=sys.stderr)
-    return judge("real", found, num_workers=NUM_WORKERS)
+    return judge("real", found, num_workers=NUM_WORKERS, num_kills=num_kills)
 
 
 def soak(folder: Path, is_quick: bool, load_s: float | None) -> Report:

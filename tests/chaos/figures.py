@@ -17,7 +17,8 @@ WRONG_RULES = ("token order", "golden text")
 NONE = Bar("<=", 0)
 
 
-def judge(name: str, run: Run, *, num_workers: int) -> Report:
+def judge(name: str, run: Run, *, num_workers: int, num_kills: int | None = None) -> Report:
+    """`num_kills`: so many are the bar."""
     report = Report(f"chaos-{name}")
 
     def add(row: str, value: float, unit: str, bar: Bar | None = None, note: str = "") -> None:
@@ -48,7 +49,13 @@ def judge(name: str, run: Run, *, num_workers: int) -> Report:
     if run.quiet_after_s is not None:
         add("nothing held any more after", run.quiet_after_s, "s")
     kills = Counter(kill.name.partition("-")[0] for kill in history.kills)
-    add("kills", kills.total(), "kills", note=", ".join(f"{n} of {role}" for role, n in kills.items()))
+    add(
+        "kills",
+        kills.total(),
+        "kills",
+        None if num_kills is None else Bar(">=", num_kills),
+        note=", ".join(f"{n} of {role}" for role, n in kills.items()),
+    )
     words = _words(run)
     add("requests that needed another attempt",
         sum(word.report.placement.num_attempts > 1 for word in words), "requests")  # fmt: skip

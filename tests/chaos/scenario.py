@@ -42,12 +42,14 @@ class Load:
     load_s: float
     """How long users begin new jobs."""
     ramp_s: float = 0.0
+    think_s: float = 0.0
+    """A user's pause between an answer and the next job."""
     victims: Iterable[str] = ()
     """Who is killed, in this order."""
     kill_every_s: float = 10.0
     waits_for_recovery: bool = False
     """The next one is killed only when the whole fleet is back, `kill_every_s` later; for engines that take
-    longer to start than that. The load then lasts until the victims are used up."""
+    longer to start than that. The load then ends with the victims, or after `load_s`."""
     num_kills: int | None = None
     """None: as many as the load lasts for."""
 
@@ -148,7 +150,7 @@ async def _load(supervised: Supervised, users: Users, watcher: _Watcher, load: L
         return killing.done() if load.waits_for_recovery else time.monotonic() >= end_s
 
     try:
-        await users.run(load.num_users, is_over, ramp_s=load.ramp_s)
+        await users.run(load.num_users, is_over, ramp_s=load.ramp_s, think_s=load.think_s)
         await killing
     finally:
         watching.cancel()
@@ -159,7 +161,7 @@ def _kill(supervised: Supervised, load: Load, end_s: float) -> None:
     due_s = time.monotonic()
     for name in victims:
         due_s += load.kill_every_s
-        if not load.waits_for_recovery and due_s >= end_s:
+        if due_s >= end_s:
             return
         time.sleep(max(0.0, due_s - time.monotonic()))
         supervised.kill_and_restart(name)

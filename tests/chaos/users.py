@@ -1,4 +1,4 @@
-"""Many clients of one fleet, each with one request in flight at all times. Imported, not collected.
+"""Many clients of one fleet, each with one request in flight, by default at all times. Imported, not collected.
 
 A client asks again as openai-python does by itself (0.5 s doubling to 8 s, up to a quarter less by chance, or
 `retry-after`): after a connection error and after statuses 408, 409, 429 and 5xx. That library does not
@@ -50,17 +50,20 @@ class Users:
         self._dice = random.Random(seed)
         self._num_asks = 0
 
-    async def run(self, num_users: int, is_over: Callable[[], bool], *, ramp_s: float = 0.0) -> None:
+    async def run(
+        self, num_users: int, is_over: Callable[[], bool], *, ramp_s: float = 0.0, think_s: float = 0.0
+    ) -> None:
         """Returns when every user has seen `is_over` and finished its last job. Users arrive within
         `ramp_s`."""
         async with asyncio.TaskGroup() as group:
             for number in range(num_users):
-                group.create_task(self._user(ramp_s * number / num_users, is_over))
+                group.create_task(self._user(ramp_s * number / num_users, is_over, think_s))
 
-    async def _user(self, delay_s: float, is_over: Callable[[], bool]) -> None:
+    async def _user(self, delay_s: float, is_over: Callable[[], bool], think_s: float) -> None:
         await asyncio.sleep(delay_s)
         while not is_over():
             await self.serve(self._next_job())
+            await asyncio.sleep(think_s)
 
     async def serve(self, job: Job) -> Ask:
         """Until it is answered, or there is no point in asking again."""
