@@ -1,4 +1,4 @@
-"""Many clients of one fleet, each with one request in flight, by default at all times. Imported, not collected.
+"""Many clients of one fleet, each with one request in flight, by default always. Imported, not collected.
 
 A client asks again as openai-python does by itself (0.5 s doubling to 8 s, up to a quarter less by chance, or
 `retry-after`): after a connection error and after statuses 408, 409, 429 and 5xx. That library does not
