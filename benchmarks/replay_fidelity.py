@@ -142,7 +142,9 @@ def run_ours(cell: Cell, trace: Trace, *, seed: int = 0, **changes: Any) -> Repl
         "prefill_policy": registry.DEFAULT_PREFILL,
         "decode_policy": registry.DEFAULT_DECODE,
         "seed": seed,
-        "has_stay_or_go": False,  # the peer prefills every prompt on a prefill worker
+        # The peer prefills every prompt on a prefill worker, and the first one by its score.
+        "has_stay_or_go": False,
+        "has_guard": False,
     }
     return replay(
         sped_up(trace, cell.speedup),

@@ -79,8 +79,9 @@ def settings(fleet: str, **changes: Any) -> ReplaySettings:
         decode_time=PACE,
         link=kv_link(GPU, is_same_node=False),
         kv_bytes_per_token=SHAPE.kv_bytes_per_token,
-        # What is compared is who prefills, so every prompt is prefilled.
+        # What is compared is who prefills, by score alone: every prompt is prefilled, where it ranks first.
         has_stay_or_go=False,
+        has_guard=False,
         **changes,
     )
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 
 from baton.replay import FleetShape, ReplaySettings, replay
 from baton.simulation import SimulatedWorkerSettings
@@ -58,8 +58,11 @@ class Outcome:
     tpot_ms: float
     hit_percent: float
     """Of prompt tokens."""
-    num_stayed: int = 0
+    num_stayed: int
     """Requests whose prompt the decode worker computed."""
+    served: tuple[tuple[int, int, float], ...]
+    """Of each request, in order: tokens of its prompt found cached, who computed it (0 prefill, 1 decode
+    worker), time to its first token in ms."""
 
 
 def run(plan: Plan, *, repeats: int | None, rows: Sequence[str] | None) -> Report:
@@ -126,6 +129,24 @@ def _virtual(report: Report, plan: Plan, repeats: int) -> None:
                 )
             )
     _compare(report, "virtual", found, REPLAY, VIRTUAL_TOLERANCE_PERCENT)
+    report.figures += _alike(found[REPLAY], found[SIMULATED])
+
+
+def _alike(replayed: Sequence[Outcome], live: Sequence[Outcome]) -> list[Figure]:
+    """What is left where both did the same: sockets, timers, and whoever else wanted the processors."""
+    shares, lates = [], []
+    for virtual, real in zip(replayed, live, strict=True):
+        pairs = list(zip(virtual.served, real.served, strict=True))
+        late = [there[2] - here[2] for here, there in pairs if here[:2] == there[:2]]
+        shares.append(100 * len(late) / len(pairs))
+        lates.append(median(late))
+    subject = f"{SIMULATED} and {REPLAY}"
+    return [
+        Figure(row="virtual_alike", subject=subject, unit="%", spread=spread(shares),
+               note="of requests: as much found cached, by the same kind of worker"),
+        Figure(row="virtual_alike_late", subject=subject, unit="ms", spread=spread(lates),
+               note="by which the first token of these comes later in real time, median of each run"),
+    ]  # fmt: skip
 
 
 def as_text(step_time: LinearStepTime) -> str:
@@ -171,18 +192,31 @@ def _replayed(
         fmean(result.tpot_s.tolist()) * 1e3,
         result.hit_ratio * 100,
         result.num_stayed,
+        tuple(
+            zip(
+                result.num_cached_tokens.tolist(),
+                result.is_stay.astype(int).tolist(),
+                (result.ttft_s * 1e3).tolist(),
+                strict=True,
+            )
+        ),
     )
 
 
 def _observed(answers: Sequence[Answered]) -> Outcome:
     placements = [answer.report.placement for answer in answers]
+    is_stay = [place.prefill_worker in (None, place.decode_worker) for place in placements]
     return Outcome(
         fmean(answer.ttft_s for answer in answers) * 1e3,
         fmean(answer.tpot_s for answer in answers if answer.num_output_tokens > 1) * 1e3,
         sum(place.hit_tokens or 0 for place in placements)
         / sum(answer.report.num_prompt_tokens for answer in answers)
         * 100,
-        sum(place.prefill_worker in (None, place.decode_worker) for place in placements),
+        sum(is_stay),
+        tuple(
+            (place.hit_tokens or 0, int(stay), answer.ttft_s * 1e3)
+            for place, stay, answer in zip(placements, is_stay, answers, strict=True)
+        ),
     )
 
 

@@ -152,7 +152,7 @@ def _settings(arguments: argparse.Namespace, trace: Trace) -> ReplaySettings:
         prefill_window_tokens=arguments.prefill_window,
         has_stay_or_go=not arguments.no_stay,
         report_delay_s=arguments.report_delay,
-        has_guard=arguments.guard,
+        has_guard=not arguments.no_guard,
         queue_timeout_s=arguments.queue_timeout,
         is_closed_loop=arguments.closed,
         prefill_scheduler=arguments.prefill_scheduler,

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         help="output tokens reserved for at dispatch; default %(default)s")  # fmt: skip
     add("--queue-timeout", type=float, metavar="S", help="longest wait at the coordinator; default: no limit")
     add("--report-delay", type=float, default=0.0, metavar="S", help="how late KV events and progress arrive")
-    add("--guard", action="store_true", help="with the hotspot guard")
+    add("--no-guard", action="store_true", help="without the hotspot guard")
     add("--json", action="store_true", help="one JSON object per trace, load and policy")
     add("--plot", metavar="FILE", help="TTFT, TPOT and goodput as a picture")
     return made

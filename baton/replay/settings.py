@@ -70,7 +70,8 @@ class ReplaySettings:
     """Who says the first token. By decode it comes after the transfer and one decode step."""
     report_delay_s: float = 0.0
     """How late the coordinator hears of KV events and prefill progress."""
-    has_guard: bool = False
+    has_guard: bool = True
+    """The hotspot guard, as the coordinator has it wherever prefixes are known."""
     queue_timeout_s: float | None = None
     """Longest wait at the coordinator; None: for ever."""
     is_closed_loop: bool = False

@@ -128,7 +128,7 @@ def test_one_colocated_worker_is_the_naive_worker(seed: int, num_blocks: int):
         {"link": KvLink(bytes_per_s=1e9, latency_s=1e-3), "kv_bytes_per_token": 2048},
         {"prefill_window_tokens": 2048},
         {"prefill_scheduler": "shortest-prefill", "decode_scheduler": "skip-join-mlfq"},
-        {"report_delay_s": 0.1, "has_guard": True},
+        {"report_delay_s": 0.1, "has_guard": False},
         {"queue_timeout_s": 0.5},
     ],
     ids=["plain", "link", "window", "schedulers", "late reports", "time-out"],

@@ -211,7 +211,7 @@ def test_every_choice_is_the_one_the_coordinator_makes(fleet: str, pace: Pace | 
     2. the core chooses the same workers for every request, and the same prompts stay
     3. what it learnt of the fleet's pace is the same to the last bit
     """
-    run = _BesideCore(conversations(6.0), settings(fleet, pace=pace, has_guard=True))
+    run = _BesideCore(conversations(6.0), settings(fleet, pace=pace))
     result = run.run()
     ids = [member.account.worker_id for member in run._fleet.members]
     placements = [client.placement for client in run.clients]
