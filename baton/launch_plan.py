@@ -38,6 +38,7 @@ class ServeSettings:
     )
     num_prefill: int = option(1, "prefill workers")
     num_decode: int = option(1, "decode workers")
+    num_both: int = option(0, "workers for both phases; with some, the other two numbers may be 0")
     host: str = option(DEFAULT_HOST, "address to listen on; loopback unless told, since nothing is encrypted")
     http_port: int | None = option(
         None, f"port of the HTTP door; absent: {DEFAULT_HTTP_PORT}, or the next free one"
@@ -51,7 +52,8 @@ class ServeSettings:
     device: Literal["cpu", "cuda"] = option("cpu", "what the engines compute on")
     devices: str | None = option(
         None,
-        "GPUs, dealt out to prefill workers first: `0-3`, or `0,1;2,3` worker by worker; absent: 0, 1, …",
+        "GPUs, dealt out to prefill workers first, those for both phases last: `0-3`, or `0,1;2,3` worker by "
+        "worker; absent: 0, 1, …",
     )
     engine: Literal["vllm", "simulated"] = option("vllm", "`simulated` computes no model: for tests and load")
     dtype: str = option("auto", "of weights and KV; `auto` takes the model's own")
@@ -62,6 +64,7 @@ class ServeSettings:
     coordinator_config: str | None = option(None, "YAML file for the coordinator", metavar="FILE")
     prefill_config: str | None = option(None, "YAML file for prefill workers", metavar="FILE")
     decode_config: str | None = option(None, "YAML file for decode workers", metavar="FILE")
+    both_config: str | None = option(None, "YAML file for workers for both phases", metavar="FILE")
     start_timeout_s: float = option(600.0, "longest wait until all workers are ready, seconds")
     drain_timeout_s: float = option(30.0, "how long running requests may finish after Ctrl-C, seconds")
     run_dir: str = option(".run/serve", "where logs and process records go")
@@ -69,14 +72,16 @@ class ServeSettings:
     self_test: bool = option(True, "send one request at start and check that its KV really moved")
 
     def __post_init__(self) -> None:
-        for name in ("num_prefill", "num_decode", "tensor_parallel_size", "pipeline_parallel_size"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}, expected at least 1")
+        each_phase = 0 if self.num_both > 0 else 1
+        for name, least in (("num_prefill", each_phase), ("num_decode", each_phase), ("num_both", 0),
+                            ("tensor_parallel_size", 1), ("pipeline_parallel_size", 1)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise SettingsError(f"{name} is {getattr(self, name)}, expected at least {least}")
         for name in ("http_port", "fleet_port", "client_port"):
             port = getattr(self, name)
             if port is not None and not 0 < port < 65_536:
                 raise SettingsError(f"{name} is {port}, expected 1 to 65535")
-        for name in ("coordinator_config", "prefill_config", "decode_config"):
+        for name in ("coordinator_config", "prefill_config", "decode_config", "both_config"):
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
                 raise SettingsError(f"{name}: there is no file {path}")
@@ -88,8 +93,8 @@ class ServeSettings:
             raise SettingsError(str(error)) from error
 
     def device_groups(self) -> list[str | None]:
-        """CUDA_VISIBLE_DEVICES of each worker, prefill workers first; all None on a CPU."""
-        num_workers = self.num_prefill + self.num_decode
+        """CUDA_VISIBLE_DEVICES of each worker, as `plan_workers` orders them; all None on a CPU."""
+        num_workers = self.num_prefill + self.num_decode + self.num_both
         if self.device == "cpu":
             return [None] * num_workers
         ranks = self.tensor_parallel_size * self.pipeline_parallel_size
@@ -164,6 +169,7 @@ def plan_coordinator(settings: ServeSettings, ports: Ports, model: str | None) -
 def plan_workers(settings: ServeSettings, ports: Ports, model: str | None) -> list[PlannedProcess]:
     names = [f"prefill-{n}" for n in range(1, settings.num_prefill + 1)]
     names += [f"decode-{n}" for n in range(1, settings.num_decode + 1)]
+    names += [f"both-{n}" for n in range(1, settings.num_both + 1)]
     return [
         _plan_worker(settings, ports, model, name, devices)
         for name, devices in zip(names, settings.device_groups(), strict=True)
@@ -174,7 +180,11 @@ def _plan_worker(
     settings: ServeSettings, ports: Ports, model: str | None, name: str, devices: str | None
 ) -> PlannedProcess:
     role = name.partition("-")[0]
-    config = settings.prefill_config if role == "prefill" else settings.decode_config
+    config = {
+        "prefill": settings.prefill_config,
+        "decode": settings.decode_config,
+        "both": settings.both_config,
+    }[role]
     host = reachable_host(settings.host)
     command = [
         *_baton(role, config),

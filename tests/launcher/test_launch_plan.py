@@ -61,6 +61,18 @@ def test_workers_get_names_and_the_coordinator():
     assert "decode" in plans[2].command
 
 
+def test_workers_for_both_phases_come_last_and_alone_if_asked(tmp_path: Path):
+    config = tmp_path / "both.yaml"
+    config.write_text("max_batch_size: 8\n")
+    settings = ServeSettings(device="cuda", num_both=1, both_config=str(config))
+    plans = plan_workers(settings, PORTS, "m")
+    assert [plan.name for plan in plans] == ["prefill-1", "decode-1", "both-1"]
+    assert [plan.env["CUDA_VISIBLE_DEVICES"] for plan in plans] == ["0", "1", "2"]
+    assert "both" in plans[2].command and flags(plans[2].command)["--config"] == str(config)
+    alone = ServeSettings(num_prefill=0, num_decode=0, num_both=2)
+    assert [plan.name for plan in plan_workers(alone, PORTS, "m")] == ["both-1", "both-2"]
+
+
 def test_every_child_dies_with_the_launcher():
     settings = ServeSettings()
     plans = [plan_coordinator(settings, PORTS, "m"), *plan_workers(settings, PORTS, "m")]
@@ -112,6 +124,8 @@ def test_a_coordinator_on_all_addresses_is_called_on_loopback():
     ("changes", "sentence"),
     [
         ({"num_prefill": 0}, "num_prefill is 0, expected at least 1"),
+        ({"num_decode": 0}, "num_decode is 0, expected at least 1"),
+        ({"num_both": -1}, "num_both is -1, expected at least 0"),
         ({"http_port": 70_000}, "http_port is 70000, expected 1 to 65535"),
         ({"devices": "0-1"}, "devices names GPUs, and device is cpu"),
         ({"device": "cuda", "devices": "0"}, "names 1, 2 workers of 1 ranks need 2"),

@@ -184,7 +184,7 @@ def test_bytes_of_all_decode_workers_count_and_prefill_workers_do_not():
 
 
 def test_a_fleet_without_decode_worker_fails_the_test():
-    with pytest.raises(SelfTestFailed, match="no decode worker"):
+    with pytest.raises(SelfTestFailed, match="no worker that decodes"):
         DecodeSide.from_fleet(fleet())
 
 

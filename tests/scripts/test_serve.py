@@ -53,6 +53,14 @@ def test_it_proves_that_kv_moves_and_stops_on_ctrl_c(serve: StartServe):
     assert "stopped, nothing is left running" in running.output
 
 
+def test_a_fleet_of_workers_for_both_phases_moves_no_kv(serve: StartServe):
+    running = serve("--num-prefill", "0", "--num-decode", "0", "--num-both", "2").wait_until_ready()
+    assert "self-test passed: 101 prompt tokens in, 8 tokens out" in running.output
+    assert "one worker served both phases, so no KV moved" in running.output
+    assert set(running.children()) == {"coordinator", "both-1", "both-2"}
+    assert complete(running.ports["http"])["usage"]["completion_tokens"] == 4
+
+
 def test_the_three_ways_to_call_are_printed(serve: StartServe):
     output = serve().wait_until_ready().output
     assert "curl http://127.0.0.1:" in output
