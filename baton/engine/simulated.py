@@ -1,10 +1,15 @@
 """An engine without a model, in real time: real queues, batches, KV blocks, prefix cache, leases and
 hand-offs; invented tokens.
 
-It is the fake of equal standing beside the vLLM adapter. What a worker computes when, and which blocks
-it has, is `baton.simulation`, the same code that replays traces in virtual time; here it gets a clock
-(`simulated_pace`), tokens (`simulated_model`), and KV from other workers (`simulated_fetches`). All tokens
-of a step are reported in one call, then what the step changed in the prefix cache.
+It is the fake of equal standing beside the vLLM adapter. What a worker computes when, and which blocks it
+has, is `baton.simulation`, the same code that replays traces in virtual time; here it gets a clock
+(`simulated_pace`), tokens (`simulated_model`), KV for other workers (`simulated_source`) and from them
+(`simulated_destination`). All tokens of a step are reported in one call, then what the step changed in
+the prefix cache.
+
+Whether blocks that a hand-off touched may be used or freed is decided by the machines of `baton.handoff`,
+the same that decide it between real engines. A leg is over when the listener is told; its blocks may stay
+longer.
 
 `faults` (`simulated_faults`) and `die` make it misbehave on purpose.
 """
@@ -12,7 +17,10 @@ of a step are reported in one call, then what the step changed in the prefix cac
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import secrets
+from typing import Any
 
 import msgspec
 
@@ -36,13 +44,13 @@ from baton.contract.messages import (
 )
 from baton.contract.tokens import TOKEN_BYTES
 from baton.engine.base import EngineDescription, EngineListener, FinishedPrefill
+from baton.engine.simulated_destination import SimulatedDestination
 from baton.engine.simulated_faults import Fault, Faults
-from baton.engine.simulated_fetches import Fetches
-from baton.engine.simulated_holds import HoldIds
+from baton.engine.simulated_link import Greeting
 from baton.engine.simulated_model import SimulatedSequence, prompt_logprobs, unsupported
 from baton.engine.simulated_pace import Pace
 from baton.engine.simulated_settings import SimulatedEngineSettings, describe
-from baton.engine.simulated_transfer import KvServer
+from baton.engine.simulated_source import SimulatedSource
 from baton.policy.prefix_hash import PrefixHasher
 from baton.simulation import FinishedLeg, SimulatedWorker, SimulatedWorkerSettings, StepResult
 
@@ -90,7 +98,6 @@ class SimulatedEngine:
                 block_size_tokens=settings.block_size_tokens,
                 max_batch_size=settings.max_batch_size,
                 max_num_batched_tokens=settings.max_num_batched_tokens,
-                kv_lease_s=settings.kv_lease_s,
             ),
             settings.step_time,
         )
@@ -99,9 +106,17 @@ class SimulatedEngine:
         """In flight; the worker knows each of them too, but for those about to be refused."""
         self._prefill_faults: dict[str, Fault] = {}
         """To come, by leg."""
-        self._holds = HoldIds()
-        self._server = KvServer(self._read_hold)
-        self._fetches = Fetches(self._clock, settings.transfer_s, self._on_kv, self._on_no_kv)
+        self._boot_id = secrets.token_hex(8)
+        greeting = Greeting(settings.name, self._boot_id)
+        self._source = SimulatedSource(settings, self._clock, self.faults, greeting, self._on_released)
+        self._destination = SimulatedDestination(
+            self._clock,
+            greeting,
+            settings.block_size_tokens,
+            on_kv=self._on_kv,
+            on_no_kv=self._on_no_kv,
+            on_free=self._on_released,
+        )
         self._num_kv_bytes_received = 0
         self._num_kv_transfers = 0
         self._num_kv_transfer_failures = 0
@@ -115,14 +130,21 @@ class SimulatedEngine:
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         try:
-            port = await self._server.start(settings.host, settings.transfer_port)
+            port = await self._source.start()
         except OSError as error:
             raise EngineFailed(
                 f"cannot offer KV on {settings.host}:{settings.transfer_port}: {error}"
             ) from error
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         self._transfer_endpoint = f"{host}:{port}"
-        return describe(settings, self._transfer_endpoint)
+        return describe(settings, self._transfer_endpoint, self._transfer_params())
+
+    def _transfer_params(self) -> dict[str, Any]:
+        return {
+            "name": self.settings.name,
+            "endpoint": self._transfer_endpoint,
+            "boot_id": self._boot_id,
+        }
 
     def start_prefill(self, message: StartPrefill) -> None:
         leg = _Leg(self._sequence(message), self._clock.now_s())
@@ -148,7 +170,7 @@ class SimulatedEngine:
         if not self._begin(leg, message, num_tokens_at_most=sequence.num_tokens_at_most):
             return
         if source is not None:
-            self._fetches.expect(sequence.handoff_id, source, sequence.num_prompt_tokens)
+            self._destination.expect(sequence.handoff_id, source)
         self._worker.add_decode(
             sequence.handoff_id,
             sequence.num_prompt_tokens,
@@ -156,6 +178,7 @@ class SimulatedEngine:
             self._hashes(leg),
             leg.started_s,
             is_kv_on_its_way=source is not None,
+            is_streamed=source is not None and source.is_streamed,
             packed=sequence.packed_prompt,
         )
 
@@ -165,36 +188,38 @@ class SimulatedEngine:
         if leg is not None:
             if not leg.is_deaf:
                 self._fail(handoff_id, Aborted(f"leg {handoff_id} was stopped on request"))
-        elif self._holds.forget(handoff_id):
-            self._worker.release(handoff_id)
-            self._pace.wake()
+        elif self._source.has(handoff_id):
+            self._source.give_up(handoff_id)
 
     def load(self) -> WorkerLoad:
-        worker = self._worker
-        worker.expire(self._clock.now_s())
+        self._source.on_time()
         return msgspec.structs.replace(
-            worker.load(),
+            self._worker.load(),
             num_kv_bytes_received=self._num_kv_bytes_received,
             num_kv_transfers=self._num_kv_transfers,
             num_kv_transfer_failures=self._num_kv_transfer_failures,
         )
 
+    @property
+    def num_stray_writes(self) -> int:
+        """Writes of others into blocks that were not promised to them: always 0."""
+        return self._destination.num_stray_writes
+
     async def stop(self) -> None:
-        self._stop_stepping()
-        for handoff_id in list(self._legs):
-            self._fail(handoff_id, Aborted("the engine was stopped"))
-        await self._server.stop()
+        self._fail_all("the engine was stopped", Aborted)
+        await self._source.stop()
 
     def die(self, reason: str) -> None:
         """Fails what runs and tells the listener; nothing works afterwards."""
-        self._stop_stepping()
-        for handoff_id in list(self._legs):
-            self._fail(handoff_id, EngineFailed(f"the engine died: {reason}"))
+        self._fail_all(f"the engine died: {reason}", EngineFailed)
         self._listener.on_engine_dead(reason)
 
-    def _stop_stepping(self) -> None:
+    def _fail_all(self, reason: str, kind: type[ServingError]) -> None:
         self._pace.stop()
-        self._fetches.stop()
+        for handoff_id in list(self._legs):
+            self._fail(handoff_id, kind(reason))
+        self._source.close()
+        self._destination.stop()
 
     # ── legs come and go ─────────────────────────────────────────────────────────────────────
 
@@ -226,6 +251,8 @@ class SimulatedEngine:
             # Not from inside the caller's own call: it has not noted the leg yet.
             self._loop.call_soon(self._fail, handoff_id, error)
             return False
+        if isinstance(message, StartPrefill) and message.keep_kv:
+            self._source.begin(handoff_id, leg.sequence.packed_prompt)
         self._pace.wake()
         faults = self.faults
         if (fault := faults.at("accept")) is not None:
@@ -284,9 +311,12 @@ class SimulatedEngine:
     def _fail(self, handoff_id: str, error: ServingError) -> None:
         if self._legs.pop(handoff_id, None) is None:
             return
-        self._fetches.forget(handoff_id)
-        if self._worker.end_early(handoff_id):
-            self._pace.wake()
+        is_source, is_exposed = self._source.has(handoff_id), self._destination.is_exposed(handoff_id)
+        self._worker.end_early(handoff_id, keep_blocks=is_source or is_exposed)
+        if is_source:
+            self._source.give_up(handoff_id)
+        self._destination.abort(handoff_id)
+        self._pace.wake()
         self._listener.on_leg_failed(handoff_id, error.report())
 
     # ── KV from and for others ───────────────────────────────────────────────────────────────
@@ -296,26 +326,29 @@ class SimulatedEngine:
         if (fault := self._prefill_faults.pop(handoff_id, None)) is not None:
             self._strike(handoff_id, fault)
             return
-        source = self._legs[handoff_id].source
-        assert source is not None
-        params = source.transfer_params
+        leg, simulated = self._legs[handoff_id], self._worker.leg(handoff_id)
+        assert leg.source is not None and simulated is not None
+        reserve = functools.partial(
+            self._destination.reserve, handoff_id, leg.sequence.packed_prompt, simulated.num_kv_tokens
+        )
+        params = leg.source.transfer_params
         fault = self.faults.at("transfer", (str(params.get("name")), str(params.get("endpoint"))))
-        match fault.action if fault is not None else None:
-            case None:
-                self._fetches.begin(handoff_id)
+        if fault is None:
+            reserve()
+            return
+        match fault.action:
             case "stall":
-                self._fetches.forget(handoff_id)
+                self._destination.abort(handoff_id)
             case "slow":
-                assert fault is not None
-                self._fetches.begin(handoff_id, late_s=fault.s)
+                reserve(late_s=fault.s)
             case "reset":
-                self._fetches.reset(handoff_id)
+                reserve()
+                self._destination.reset(handoff_id)
             case "fail":
-                assert fault is not None
-                self._fetches.forget(handoff_id)
+                self._destination.abort(handoff_id)
                 self._on_no_kv(handoff_id, f"fault {fault.text}")
 
-    def _on_kv(self, handoff_id: str, kv: int, num_tokens: int) -> None:
+    def _on_kv(self, handoff_id: str, kv: int, num_tokens: int, first_token: int | None) -> None:
         leg, simulated = self._legs[handoff_id], self._worker.leg(handoff_id)
         assert simulated is not None
         num_had = simulated.num_kv_tokens // self.settings.block_size_tokens
@@ -323,31 +356,37 @@ class SimulatedEngine:
         self._num_kv_transfers += 1
         self._num_kv_bytes_received += num_blocks * self.settings.kv_bytes_per_block
         leg.sequence.continue_from(kv, num_tokens)
-        self._worker.kv_arrived(handoff_id, num_tokens)
+        self._worker.kv_arrived(handoff_id, num_tokens, has_first_token=first_token is not None)
         self._pace.wake()
+        if first_token is not None and not self._is_struck(leg):
+            delta = leg.sequence.advance(first_token)
+            if delta.finish_reason is not None:
+                del self._legs[handoff_id]
+                self._worker.end_early(handoff_id)
+            self._listener.on_step([delta])
 
     def _on_no_kv(self, handoff_id: str, reason: str) -> None:
         self._num_kv_transfer_failures += 1
         logger.warning("kv not received handoff_id=%s reason=%r", handoff_id, reason)
         if self.settings.kv_load_failure_policy == "fail":
             self._fail(handoff_id, TransferFailed(reason, phase="transfer"))
+            return
+        if self._destination.is_exposed(handoff_id):
+            self._worker.set_aside(handoff_id)
         else:
             self._worker.kv_lost(handoff_id)
-            self._pace.wake()
-
-    def _read_hold(self, hold_id: str) -> int | None:
-        """For another worker: the KV, once; None when its lease has ended or it was read before."""
-        self._worker.expire(self._clock.now_s())
-        hold = self._holds.take(hold_id)
-        if hold is None or not self._worker.release(hold.handoff_id):
-            return None
         self._pace.wake()
-        return hold.kv
+
+    def _on_released(self, handoff_id: str) -> None:
+        """No hand-off touches these blocks any more."""
+        if self._worker.release(handoff_id):
+            self._pace.wake()
 
     # ── what came of a step ──────────────────────────────────────────────────────────────────
 
     def _report(self, result: StepResult) -> None:
-        worker, legs = self._worker, self._legs
+        legs = self._legs
+        self._offer_progress(result)
         struck = self._strike_prefills() if self._prefill_faults else set()
         finished = {end.leg_id: end for end in result.finished}
         deltas: list[SequenceDelta] = []
@@ -356,8 +395,7 @@ class SimulatedEngine:
             if leg is None or leg_id in struck:
                 continue
             sequence = leg.sequence
-            if leg.token_fault is not None and sequence.num_output_tokens >= leg.token_fault.after:
-                self._strike(leg_id, leg.token_fault)
+            if self._is_struck(leg):
                 continue
             if not sequence.has_kv:
                 sequence.compute()
@@ -379,14 +417,29 @@ class SimulatedEngine:
         elif result.num_prefill_tokens and not deltas and not result.finished_prefills:
             self._listener.on_step([])
         for done in result.finished_prefills:
-            if done.leg_id in struck:
+            if done.leg_id in struck or done.leg_id not in legs:
                 continue
-            if done.leg_id not in legs:
-                worker.release(done.leg_id)
-            elif (fault := legs[done.leg_id].token_fault) is not None:
+            if (fault := legs[done.leg_id].token_fault) is not None:
                 self._strike(done.leg_id, fault)
             else:
                 self._report_prefill(done, result.end_s)
+
+    def _offer_progress(self, result: StepResult) -> None:
+        source = self._source
+        for leg_id in result.preempted:
+            if source.has(leg_id):
+                source.preempted(leg_id)
+        for leg_id, num_tokens in self._worker.prefill_progress():
+            if source.has(leg_id):
+                source.progress(leg_id, num_tokens)
+
+    def _is_struck(self, leg: _Leg) -> bool:
+        """A fault came instead of its next token."""
+        sequence, fault = leg.sequence, leg.token_fault
+        if fault is None or sequence.num_output_tokens < fault.after:
+            return False
+        self._strike(sequence.handoff_id, fault)
+        return True
 
     def _strike_prefills(self) -> set[str]:
         """Legs whose prompt is far enough."""
@@ -415,22 +468,19 @@ class SimulatedEngine:
         leg = self._legs.pop(done.leg_id)
         sequence = leg.sequence
         sequence.compute()
-        kv, now_s = sequence.kv, self._clock.now_s()
+        now_s = self._clock.now_s()
         delta = msgspec.structs.replace(sequence.advance(), num_cached_tokens=done.num_cached_tokens)
         source = None
-        if done.held is not None:
+        if self._source.has(done.leg_id):
             if delta.finish_reason == "stop":
-                self._worker.release(done.leg_id)
+                self._source.give_up(done.leg_id)
             else:
+                self._source.finish(done.leg_id, delta.token_ids[0], self.settings.kv_lease_s)
                 source = KvSource(
-                    lease_s=max(0.0, done.held.end_s - now_s),
+                    lease_s=max(0.0, end_s + self.settings.kv_lease_s - now_s),
                     num_tokens=sequence.num_prompt_tokens,
-                    num_bytes=done.held.num_blocks * self.settings.kv_bytes_per_block,
-                    transfer_params={
-                        "name": self.settings.name,
-                        "endpoint": self._transfer_endpoint,
-                        "hold_id": self._holds.add(done.leg_id, kv, done.held.end_s, now_s),
-                    },
+                    num_bytes=done.num_held_blocks * self.settings.kv_bytes_per_block,
+                    transfer_params=self._transfer_params() | {"handoff_id": done.leg_id},
                 )
         self._listener.on_prefill_finished(
             FinishedPrefill(

@@ -5,8 +5,8 @@
     accept     a leg is given to the engine    ignore, error, die, kill
     queue      it waits, and holds nothing     stall
     prefill    its prompt is computed here     stall, error, die, kill
-    transfer   its KV may come, or is asked    stall, fail, slow, reset
-               for by another worker
+    transfer   its KV may come, or another     stall, fail, slow, reset
+               worker registers for it
     first      its first token is computed     stall, error, die, kill
                and not told
     token      a decode leg gave tokens        stall, error, die, kill
@@ -16,12 +16,12 @@
     error      the leg fails, with code=CODE (engine_failed)
     die        the engine dies, and the worker says so
     kill       the process is gone that instant
-    fail       no KV comes
+    fail       no KV comes; at its source a write fails
     slow       it comes s=SECONDS later
-    reset      the link breaks, under all transfers with this peer
+    reset      the link breaks, under all transfers with this peer, and is opened again
 
     nth=N      the N-th time only             every=N   each N-th time            first=N   N times
-    peer=NAME  transfer: with this worker (id or host:port) alone; counted alone
+    peer=NAME  transfer: with this worker (id, or a source's host:port) alone; counted alone
     after=N    prefill: when so many tokens of the prompt are computed (0);
                token: when so many are given (1)
 

@@ -146,10 +146,10 @@ class SimulatedSequence:
         assert self._kv is not None, f"{self.handoff_id} has no KV yet"
         return self._kv
 
-    def advance(self) -> SequenceDelta:
-        """Sample one token."""
-        if not self._is_plain:
-            return self._advance_carefully()
+    def advance(self, given: int | None = None) -> SequenceDelta:
+        """Sample one token, or take the one that another worker has sampled."""
+        if given is not None or not self._is_plain:
+            return self._advance_carefully(given)
         kv = self.kv
         token = VOCABULARY[(((kv ^ self._salt) * _SPREAD & _MASK) >> 16) % _SIZE]
         self._kv = crc32(_PACKED[token], kv)
@@ -158,15 +158,17 @@ class SimulatedSequence:
             return SequenceDelta(self.handoff_id, [token], _TEXT[token], "length", num_cached_tokens=0)
         return SequenceDelta(self.handoff_id, [token], _TEXT[token])
 
-    def _advance_carefully(self) -> SequenceDelta:
+    def _advance_carefully(self, given: int | None) -> SequenceDelta:
         """`advance` for a sequence that may stop early or that reports logprobs."""
         sampling = self._sampling
         token, *others = self._candidates()
-        self._kv = crc32(_PACKED[token], self.kv)
+        if given is not None and given != token:
+            token, others = given, [token, *(other for other in others if other != given)]
+        self._kv = crc32(token.to_bytes(TOKEN_BYTES, "little"), self.kv)
         self.num_output_tokens += 1
         finish_reason: str | None = None
         stop_reason: int | str | None = None
-        text = _TEXT[token]
+        text = token_text(token)
         if self.num_output_tokens >= self._limit:
             finish_reason = "length"
         # Checked after the length, so that a stop in the last token is reported as a stop.

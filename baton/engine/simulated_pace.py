@@ -75,14 +75,11 @@ class Pace:
             if self._is_over:
                 return
         plan = worker.begin_step(start_s)
+        self._is_turn_due = False
         for fetch in worker.take_fetches():
             self._on_fetch(fetch.leg_id)
-        self._is_turn_due = False
         if plan is not None:
             self._arm(plan.end_s)
-        elif worker.next_lease_end_s is not None and worker.load().num_waiting:
-            # Legs may be waiting for the blocks of a hold that nobody reads.
-            self._arm(worker.next_lease_end_s)
 
     def _next_start_s(self, end_s: float, now_s: float) -> float:
         lag_s = now_s - end_s

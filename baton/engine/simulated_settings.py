@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from baton.contract.messages import KvLayout, WorkerCapacity
 from baton.engine.base import EngineDescription
@@ -34,8 +34,10 @@ class SimulatedEngineSettings:
     max_model_len: int = 32_768
     max_num_batched_tokens: int = 8_192
     step_time: StepTime = INSTANT
+    is_streaming: bool = False
+    """KV is offered, and taken, while it is computed."""
     transfer_s: float = 0.0
-    """How long a pull of KV takes."""
+    """How long the KV of a whole prompt takes to another worker; a part of it takes that part."""
     kv_lease_s: float = 30.0
     kv_load_failure_policy: Literal["recompute", "fail"] = "recompute"
     mean_output_tokens: int | None = None
@@ -46,12 +48,14 @@ class SimulatedEngineSettings:
         return kv_bytes_per_block(self.block_size_tokens)
 
 
-def describe(settings: SimulatedEngineSettings, transfer_endpoint: str) -> EngineDescription:
+def describe(
+    settings: SimulatedEngineSettings, transfer_endpoint: str, stream_params: dict[str, Any]
+) -> EngineDescription:
     return EngineDescription(
         layout=KvLayout(
             model=settings.model,
             engine="simulated 1",
-            transfer="loopback 1",
+            transfer="loopback 2",
             dtype="float32",
             num_layers=NUM_LAYERS,
             num_kv_heads=NUM_KV_HEADS,
@@ -69,5 +73,7 @@ def describe(settings: SimulatedEngineSettings, transfer_endpoint: str) -> Engin
         tensor_parallel_size=1,
         pipeline_parallel_size=1,
         transfer_endpoint=transfer_endpoint,
+        stream_params=stream_params if settings.is_streaming else None,
+        streams_first_token=settings.is_streaming,
         has_kv_events=True,
     )

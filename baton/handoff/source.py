@@ -245,6 +245,10 @@ class SourceTable:
     def num_in_flight(self, handoff_id: str) -> int:
         return sum(len(stream.in_flight) for stream in self._streams_of(handoff_id))
 
+    def knows(self, key: StreamKey) -> bool:
+        """It has registered, whatever came of it."""
+        return key in self._streams or key in self._ended
+
     def held_blocks(self, handoff_id: str) -> Sequence[int]:
         hold = self._holds.get(handoff_id)
         return hold.block_ids if hold else ()

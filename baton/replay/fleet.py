@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 
 from baton.contract.messages import KvEvent, WorkerCapacity, WorkerLoad
@@ -73,7 +72,6 @@ class Fleet:
                     has_kv_events=has_events,
                     can_swap=settings.swap_link is not None,
                     # Readers come; when, is what a replay is for.
-                    kv_lease_s=math.inf,
                 ),
                 settings.prefill_time if role == "prefill" else settings.decode_time,
                 None if scheduler == "fcfs" else scheduler_by_name(scheduler),

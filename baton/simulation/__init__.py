@@ -5,14 +5,13 @@ engine (`baton.engine.simulated`) in real time.
 """
 
 from baton.simulation.kv_cache import PrefixCache
-from baton.simulation.legs import Fetch, FinishedLeg, HeldKv, PlannedStep, StepResult
+from baton.simulation.legs import Fetch, FinishedLeg, PlannedStep, StepResult
 from baton.simulation.settings import SimulatedWorkerSettings
 from baton.simulation.worker import SimulatedWorker
 
 __all__ = [
     "Fetch",
     "FinishedLeg",
-    "HeldKv",
     "PlannedStep",
     "PrefixCache",
     "SimulatedWorker",

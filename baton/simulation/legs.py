@@ -17,9 +17,9 @@ class Leg:
 
     __slots__ = (
         "added_s", "first_step_s", "hashes", "is_decoding", "is_kv_here", "is_kv_on_its_way", "is_prefill",
-        "keeps_kv", "leg_id", "namespace", "num_blocks", "num_cached_tokens", "num_kv_tokens", "num_named",
-        "num_output_tokens", "num_outputs_done", "num_own_blocks", "num_prompt_tokens", "num_swapped_tokens",
-        "packed", "runs",
+        "is_streamed", "keeps_kv", "leg_id", "namespace", "num_blocks", "num_cached_tokens",
+        "num_kv_tokens", "num_named", "num_output_tokens", "num_outputs_done", "num_own_blocks",
+        "num_prompt_tokens", "num_swapped_tokens", "packed", "runs",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +44,8 @@ class Leg:
         self.keeps_kv = False
         self.is_kv_on_its_way = False
         """Its KV comes from another worker and is not here yet."""
+        self.is_streamed = False
+        """Its KV comes while it is computed: its blocks are promised, and empty for long."""
         self.is_kv_here = False
         """Its KV came, but has no blocks yet."""
         self.is_decoding = False
@@ -120,12 +122,6 @@ class Fetch(NamedTuple):
     """From this worker's host memory, not from another worker."""
 
 
-class HeldKv(NamedTuple):
-    leg_id: str
-    num_blocks: int
-    end_s: float
-
-
 @dataclass(slots=True)
 class FinishedLeg:
     leg_id: str
@@ -133,8 +129,8 @@ class FinishedLeg:
     """Of its prompt, found in this worker's own cache."""
     first_step_s: float
     """When its first step began; before that it was queued."""
-    held: HeldKv | None = None
-    """Of a prefill leg that keeps its KV."""
+    num_held_blocks: int = 0
+    """Of a prefill leg that keeps its KV, until `SimulatedWorker.release`."""
 
 
 @dataclass(slots=True)

@@ -21,8 +21,8 @@ class SimulatedWorkerSettings:
     can_swap: bool = False
     """KV of preempted legs is kept in host memory (copied ahead of need, so leaving costs no time) and
     fetched again when they return; otherwise it is computed again."""
-    kv_lease_s: float = 30.0
-    """How long the KV of a finished prefill is held for its reader."""
+    reserved_share: float = 0.5
+    """Of the blocks: as many may be promised to streams and still be empty (`baton.handoff.credits`)."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -34,8 +34,8 @@ class SimulatedWorkerSettings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.kv_lease_s <= 0:
-            raise ValueError(f"kv_lease_s is {self.kv_lease_s:g}, expected more than 0")
+        if not 0 < self.reserved_share <= 1:
+            raise ValueError(f"reserved_share is {self.reserved_share:g}, expected more than 0, at most 1")
 
     @property
     def hash_tokens(self) -> int:

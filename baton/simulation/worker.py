@@ -11,12 +11,13 @@ it, so none starves. A leg that grows over its blocks when none is free makes th
 its own; that leg waits in front and computes everything again, less what the prefix cache still has.
 
 A decode leg whose KV comes from elsewhere takes its place and its blocks first and appears in
-`take_fetches`; its driver says what came of it (`kv_arrived`, `kv_lost`).
+`take_fetches`; its driver says what came of it (`kv_arrived`, `kv_lost`). One whose KV is streamed, so that
+its blocks stay empty for long, first lines up for credits; those behind it go on meanwhile.
 
 As long as nobody joins, finishes or runs out of blocks, decode steps only differ by one context
 token per leg, so many of them are one `PlannedStep`: their time is the sum of an arithmetic series
 (`StepTime` is linear in context). Prefix lookups, evictions and announcements work on the blocks of
-one hash at a time (`kv_cache`, `naming`); finished prefills wait for their readers in `holds`.
+one hash at a time (`kv_cache`, `naming`); blocks that a hand-off may still touch are in `holds`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
 from baton.contract.messages import WorkerLoad
+from baton.handoff.credits import CreditLine
 from baton.scheduling.base import JobFacts, StepPolicy
 from baton.simulation.holds import Holds
 from baton.simulation.kv_cache import PrefixCache, Run
@@ -56,7 +58,11 @@ class SimulatedWorker:
         self._waiting: OrderedDict[str, Leg] = OrderedDict()
         self._fetching: dict[str, Leg] = {}
         self._running: dict[str, Leg] = {}
-        self._holds = Holds(self.cache, settings.kv_lease_s)
+        self._lining_up: OrderedDict[str, Leg] = OrderedDict()
+        self._holds = Holds(self.cache)
+        self._credits = CreditLine(
+            max_reserved_blocks=max(1, int(settings.reserved_share * settings.num_blocks))
+        )
         self._new_fetches: list[Fetch] = []
         self._preempted: list[str] = []
         self._plan: PlannedStep | None = None
@@ -83,7 +89,7 @@ class SimulatedWorker:
         return self._legs.get(leg_id)
 
     def load(self) -> WorkerLoad:
-        num_waiting = len(self._waiting) + len(self._fetching)
+        num_waiting = len(self._waiting) + len(self._fetching) + len(self._lining_up)
         return WorkerLoad(
             num_running=len(self._running),
             num_waiting=num_waiting,
@@ -127,14 +133,15 @@ class SimulatedWorker:
         now_s: float,
         *,
         is_kv_on_its_way: bool,
+        is_streamed: bool = False,
         is_kv_here: bool = False,
         packed: bytes = b"",
         namespace: str = "",
     ) -> None:
-        """Compute output. Without KV from elsewhere the prompt is computed here, first. KV that is here
-        needs blocks all the same, but no fetch."""
+        """Compute output. Without KV from elsewhere the prompt is computed here, first. KV that is streamed
+        is still being computed there. KV that is here needs blocks all the same, but no fetch."""
         leg = Leg(leg_id, num_prompt_tokens, num_output_tokens, hashes, packed, namespace, now_s)
-        leg.is_kv_on_its_way, leg.is_kv_here = is_kv_on_its_way, is_kv_here
+        leg.is_kv_on_its_way, leg.is_kv_here, leg.is_streamed = is_kv_on_its_way, is_kv_here, is_streamed
         self._add(leg)
 
     def _add(self, leg: Leg) -> None:
@@ -142,7 +149,7 @@ class SimulatedWorker:
         assert leg.num_prompt_tokens > 0 and leg.num_output_tokens > 0
         assert self.can_ever_hold(leg.num_prompt_tokens + leg.num_output_tokens - 1), leg.leg_id
         self._legs[leg.leg_id] = leg
-        self._waiting[leg.leg_id] = leg
+        (self._lining_up if leg.is_streamed else self._waiting)[leg.leg_id] = leg
         if self._scheduler is not None:
             num_hits = 0
             if self.settings.has_prefix_cache and not leg.is_kv_on_its_way:
@@ -159,14 +166,18 @@ class SimulatedWorker:
                 leg.added_s,
             )
 
-    def end_early(self, leg_id: str) -> bool:
+    def end_early(self, leg_id: str, *, keep_blocks: bool = False) -> bool:
         """Stop a leg and free what it has, or let go of a finished prefill's KV. Also while a step runs:
-        it takes its time all the same. False: nothing is known of it."""
+        it takes its time all the same. `keep_blocks`: until `release`. False: nothing is known of it."""
         leg = self._legs.pop(leg_id, None)
         if leg is None:
-            return self.release(leg_id)
-        for place in (self._running, self._waiting, self._fetching):
+            return not keep_blocks and self.release(leg_id)
+        for place in (self._running, self._waiting, self._fetching, self._lining_up):
             place.pop(leg_id, None)
+        if keep_blocks:
+            self._holds.keep(leg)
+        elif leg.is_streamed:
+            self._credits.give_back(leg_id)
         self._free(leg)
         if self._scheduler is not None:
             self._scheduler.remove(leg_id)
@@ -177,28 +188,54 @@ class SimulatedWorker:
         fetches, self._new_fetches = self._new_fetches, []
         return fetches
 
-    def kv_arrived(self, leg_id: str, num_tokens: int | None = None) -> None:
-        """KV of so many prompt tokens (None: all) is in the leg's blocks; it joins the next step."""
-        self._receive(self._fetching.pop(leg_id), num_tokens)
+    def kv_arrived(
+        self, leg_id: str, num_tokens: int | None = None, *, has_first_token: bool = False
+    ) -> None:
+        """KV of so many prompt tokens (None: all) is in the leg's blocks; it joins the next step. With the
+        first token of its output nothing of the prompt is left to compute."""
+        leg = self._fetching.pop(leg_id)
+        if has_first_token:
+            leg.num_outputs_done = 1
+        self._receive(leg, num_tokens)
 
     def _receive(self, leg: Leg, num_tokens: int | None = None) -> None:
         leg.is_kv_on_its_way = leg.is_kv_here = False
+        self._give_credits_back(leg)
         self._running[leg.leg_id] = leg
         if leg.num_swapped_tokens:
             leg.num_kv_tokens, leg.num_swapped_tokens = leg.num_swapped_tokens, 0
             leg.is_decoding = True
             return
-        limit = leg.num_prompt_tokens - 1  # logits do not travel: the last position is computed here
+        # Logits do not travel: without an output token the last position is computed here.
+        limit = leg.num_tokens - 1
         leg.num_kv_tokens = max(leg.num_kv_tokens, limit if num_tokens is None else min(num_tokens, limit))
         leg.is_decoding = leg.num_uncomputed == 1
         self._names.computed(leg, leg.num_prompt_tokens if leg.is_decoding else leg.num_kv_tokens)
 
     def kv_lost(self, leg_id: str) -> None:
-        """Nothing came, or nothing will: the leg computes its prompt itself."""
+        """Nothing came, or nothing will, and nobody writes to its blocks: the leg computes its prompt."""
         leg = self._legs[leg_id]
         leg.is_kv_on_its_way = False
+        self._give_credits_back(leg)
         if self._fetching.pop(leg_id, None) is not None:
             self._running[leg_id] = leg
+        elif self._lining_up.pop(leg_id, None) is not None:
+            self._waiting[leg_id] = leg
+
+    def set_aside(self, leg_id: str) -> None:
+        """Nothing will come, but somebody may still write to its blocks: they stay until `release`, with
+        their credits, and the leg computes its prompt in others. It has waited: it goes first."""
+        leg = self._fetching.pop(leg_id)
+        leg.is_kv_on_its_way = leg.is_streamed = False
+        self._holds.keep(leg)
+        self._free(leg)
+        self._waiting[leg_id] = leg
+        self._waiting.move_to_end(leg_id, last=False)
+
+    def _give_credits_back(self, leg: Leg) -> None:
+        if leg.is_streamed:
+            leg.is_streamed = False
+            self._credits.give_back(leg.leg_id)
 
     def freeze(self, leg_id: str) -> None:
         """A running leg keeps its place and its blocks, and nothing of it is computed any more."""
@@ -206,18 +243,13 @@ class SimulatedWorker:
         if leg is not None:
             self._fetching[leg_id] = leg
 
-    # ── held KV ──────────────────────────────────────────────────────────────────────────────
+    # ── held blocks ──────────────────────────────────────────────────────────────────────────
 
     def release(self, leg_id: str) -> bool:
-        """A finished prefill's KV has been read. False: its lease had ended."""
+        """Blocks that were kept, of a finished prefill or of a leg that is over, are free. False: none
+        are kept."""
+        self._credits.give_back(leg_id)
         return self._holds.release(leg_id)
-
-    def expire(self, now_s: float) -> None:
-        self._holds.expire(now_s)
-
-    @property
-    def next_lease_end_s(self) -> float | None:
-        return self._holds.next_end_s
 
     @property
     def num_holds(self) -> int:
@@ -228,8 +260,8 @@ class SimulatedWorker:
     def begin_step(self, now_s: float, max_num_steps: int = 1) -> PlannedStep | None:
         """Plan what is computed next. More than one step only if all do the same: see `PlannedStep`."""
         assert self._plan is None, "the step before has not ended"
-        if self._holds:
-            self.expire(now_s)
+        if self._lining_up:
+            self._grant_credits()
         decodes = self._decodes = []
         chunks = self._chunks = []
         if self._scheduler is None:
@@ -321,7 +353,7 @@ class SimulatedWorker:
                 result.first_tokens.append(leg.leg_id)
             leg.num_outputs_done += 1
             if leg.is_prefill:
-                result.finished_prefills.append(self._finish_prefill(leg, now_s))
+                result.finished_prefills.append(self._finish_prefill(leg))
                 continue
             tokens.append((leg.leg_id, 1))
             leg.is_decoding = True
@@ -333,6 +365,11 @@ class SimulatedWorker:
             self._charge(self._scheduler, result)
         result.events = self._names.take_events()
         return result
+
+    def prefill_progress(self) -> list[tuple[str, int]]:
+        """Prompts that the last step computed a part of and did not finish: how many of their tokens have
+        KV here."""
+        return [(leg.leg_id, leg.num_kv_tokens) for leg, _ in self._chunks if leg.leg_id in self._legs]
 
     # ── inside a step ────────────────────────────────────────────────────────────────────────
 
@@ -347,6 +384,14 @@ class SimulatedWorker:
             work.num_context_tokens + work.num_decodes * (num_steps - 1),
         )
         return num_steps * (first_s + self.step_time.step_s(last)) / 2
+
+    def _grant_credits(self) -> None:
+        for leg in list(self._lining_up.values()):
+            num_blocks = self.num_blocks_for(leg.num_tokens) - self._find(leg)[1]
+            if not self._credits.ask(leg.leg_id, num_blocks):
+                return
+            del self._lining_up[leg.leg_id]
+            self._waiting[leg.leg_id] = leg
 
     def _add_chunk(self, leg: Leg, budget: int) -> int:
         """The next part of a prompt. As in vLLM its blocks can be found by whoever is planned after it,
@@ -528,9 +573,10 @@ class SimulatedWorker:
         assert leg.num_cached_tokens is not None and leg.first_step_s is not None
         return FinishedLeg(leg.leg_id, leg.num_cached_tokens, leg.first_step_s)
 
-    def _finish_prefill(self, leg: Leg, now_s: float) -> FinishedLeg:
+    def _finish_prefill(self, leg: Leg) -> FinishedLeg:
         finished = self._finished(leg)
         if leg.keeps_kv:
-            finished.held = self._holds.keep(leg, now_s)
+            finished.num_held_blocks = leg.num_blocks
+            self._holds.keep(leg)
         self._end(leg)
         return finished

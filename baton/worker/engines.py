@@ -89,6 +89,7 @@ def _simulated(
         max_model_len=max_model_len,
         max_num_batched_tokens=settings.max_num_batched_tokens or max_model_len,
         step_time=_step_time(settings),
+        is_streaming=settings.transfer == "stream",
         transfer_s=settings.simulated_transfer_s,
         kv_lease_s=kv_lease_s,
         kv_load_failure_policy=kv_load_failure_policy,

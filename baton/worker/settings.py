@@ -65,7 +65,9 @@ class WorkerSettings:
     simulated_num_workers: int = option(
         1, "simulated engine: so many workers in this process, named worker_id-1, -2, …"
     )
-    simulated_transfer_s: float = option(0.0, "simulated engine: seconds of one pull of KV")
+    simulated_transfer_s: float = option(
+        0.0, "simulated engine: seconds that the KV of one prompt takes to another worker"
+    )
     simulated_mean_output_tokens: int | None = option(
         None, "simulated engine: sequences end by themselves after about so many tokens; absent: never"
     )

@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 
 import uvloop
 
-from baton.contract.messages import StartDecode, StartPrefill
+from baton.contract.messages import KvSource, StartDecode, StartPrefill
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
+from baton.engine.base import EngineDescription
 from baton.engine.simulated import SimulatedEngine
 from baton.engine.simulated_model import SimulatedSequence
 from baton.engine.simulated_settings import SimulatedEngineSettings
@@ -42,6 +43,7 @@ class Heard:
         self.kv_events = []
         self.prefills, self.failures = {}, {}
         self.death = None
+        self.description: EngineDescription
         self.order = []
         self._news = asyncio.Event()
 
@@ -85,11 +87,17 @@ async def running(clock=None, faults=None, **settings) -> AsyncIterator[tuple[Si
     base = {"block_size_tokens": 16, "num_blocks": 64, "max_model_len": 512}
     engine = SimulatedEngine(SimulatedEngineSettings(**base | settings), clock=clock, faults=faults)
     heard = Heard()
-    await engine.start(heard)
+    heard.description = await engine.start(heard)
     try:
         yield engine, heard
     finally:
         await engine.stop()
+
+
+async def all_free(*engines):
+    """Blocks that a hand-off touched may stay a while after their leg: until the other side has agreed."""
+    while any(engine.load().num_free_blocks != engine.settings.num_blocks for engine in engines):  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
 
 
 def spec(**sampling):
@@ -108,6 +116,19 @@ def decode(handoff_id, prompt, source=None, **sampling):
         handoff_id=handoff_id, request_id="r", prompt_token_ids=pack_token_ids(prompt),
         sampling=spec(**sampling), kv_source=source,
     )  # fmt: skip
+
+
+def stream_from(heard, num_tokens, lease_s=60.0, *, has_first_token=False):
+    """What a decode worker is told when the prefill begins."""
+    params = heard.description.stream_params
+    return KvSource(
+        lease_s=lease_s,
+        num_tokens=num_tokens,
+        num_bytes=0,
+        transfer_params=params,
+        is_streamed=True,
+        has_first_token=has_first_token,
+    )
 
 
 def generated(prompt, **sampling):

@@ -13,12 +13,11 @@ from baton.clock import ManualClock
 from baton.contract.messages import KvSource
 from baton.contract.sampling import StructuredOutput
 from baton.contract.tokens import pack_token_ids
-from baton.engine.simulated_holds import HoldIds
 from baton.engine.simulated_model import EOS_TOKEN_ID, kv_of
 from baton.policy.kv_feed import KvFeeds
 from baton.policy.kv_index import KvIndex
 from baton.step_time import LinearStepTime
-from tests.engine.simulated import decode, generated, in_loop, prefill, running
+from tests.engine.simulated import all_free, decode, generated, in_loop, prefill, running
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────
 
@@ -250,19 +249,6 @@ async def test_steps_follow_each_other_without_gaps_unless_the_machine_stood_sti
 # ── leases and transfers ─────────────────────────────────────────────────────────────────────────
 
 
-def test_hold_ids_are_read_once_and_forgotten_after_their_lease():
-    holds = HoldIds()
-    first = holds.add("h1", kv=1, end_s=30.0, now_s=0.0)
-    second = holds.add("h2", kv=2, end_s=40.0, now_s=10.0)
-    third = holds.add("h3", kv=3, end_s=60.0, now_s=30.0)
-    assert holds.take(first) is None
-    hold = holds.take(second)
-    assert hold is not None and (hold.handoff_id, hold.kv) == ("h2", 2)
-    assert holds.take(second) is None
-    assert holds.forget("h3") and not holds.forget("h3")
-    assert holds.take(third) is None and len(holds) == 0
-
-
 @in_loop
 async def test_an_unread_hold_ends_with_its_lease():
     clock = ManualClock()
@@ -281,10 +267,10 @@ async def test_an_unread_hold_ends_with_its_lease():
 @in_loop
 async def test_kv_that_does_not_come_is_recomputed_or_an_error(trouble, policy):
     clock, prompt = ManualClock(), [1, 2, 3] * 10
-    transfer_s = 5.0 if trouble == "slow transfer" else 0.0
+    transfer_s = 0.8 if trouble == "slow transfer" else 0.0
     async with (
-        running(clock) as (source_engine, source_heard),
-        running(kv_load_failure_policy=policy, transfer_s=transfer_s) as (engine, heard),
+        running(clock, transfer_s=transfer_s) as (source_engine, source_heard),
+        running(kv_load_failure_policy=policy) as (engine, heard),
     ):
         source_engine.start_prefill(prefill("h1", prompt))
         await source_heard.ended("h1")
@@ -299,11 +285,13 @@ async def test_kv_that_does_not_come_is_recomputed_or_an_error(trouble, policy):
         elif trouble == "slow transfer":
             source = msgspec.structs.replace(source, lease_s=0.05)
         elif trouble == "nonsense":
-            source = msgspec.structs.replace(source, transfer_params={"endpoint": "no:where", "hold_id": "x"})
+            source = msgspec.structs.replace(source, transfer_params={"endpoint": "no:where", "boot_id": "x"})
         engine.start_decode(decode("h1", prompt, source))
         await heard.ended("h1")
         assert engine.load().num_kv_transfer_failures == 1
-        assert engine.load().num_free_blocks == 64
+        if trouble == "slow transfer":
+            assert engine.load().num_free_blocks == 62  # the late write may still land in two of them
+        await all_free(engine)
         if policy == "fail":
             assert heard.failures["h1"].code == "kv_transfer_failed"
         else:
@@ -332,8 +320,11 @@ async def test_the_kv_server_hangs_up_on_strangers():
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"\x80\x04\x95" * 1_000)
         with contextlib.suppress(ConnectionResetError):
-            assert await reader.read() == b""
+            while await reader.read(1_000):
+                pass
         writer.close()
+        with contextlib.suppress(ConnectionResetError):
+            await writer.wait_closed()
         engine.start_decode(decode("h1", [1] * 30, heard.prefills["h1"].kv_source))
         await heard.until(lambda: "h1" in heard.last)
 

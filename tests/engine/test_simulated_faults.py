@@ -176,7 +176,7 @@ async def test_a_killed_process_says_nothing(point):
 
 
 @pytest.mark.parametrize("policy", ["recompute", "fail"])
-@pytest.mark.parametrize("action", ["fail", "reset", "slow:s=5"])
+@pytest.mark.parametrize("action", ["fail", "slow:s=5"])
 @in_loop
 async def test_kv_that_does_not_come_is_recomputed_or_an_error(action, policy):
     """One transfer of two, and only with the peer that is named: the other source's KV comes."""

@@ -35,7 +35,7 @@ def num_blocks_accounted(w: SimulatedWorker) -> int:
     for leg in w._legs.values():
         own += leg.num_own_blocks
         in_use |= {id(run): run.num_blocks for run in leg.runs}
-    for _, runs, num_own in w._holds:
+    for runs, num_own in w._holds:
         own += num_own
         in_use |= {id(run): run.num_blocks for run in runs}
     queued = w.cache.runs_in_queue
@@ -173,22 +173,57 @@ def test_prompts_come_in_chunks_and_report_progress():
     assert w.load().num_prefill_tokens_done == 50
 
 
-def test_held_kv_is_released_by_its_reader_or_by_its_lease():
-    w = worker(num_blocks=10, kv_lease_s=5.0)
+def test_kv_of_a_finished_prefill_is_kept_until_it_is_released():
+    w = worker(num_blocks=10)
     w.add_prefill("a", 8, [1, 2], 0.0, keep_kv=True)
-    w.add_prefill("b", 8, [3, 4], 0.0, keep_kv=True)
+    w.add_prefill("b", 8, [3, 4], 0.0, keep_kv=False)
     w.begin_step(0.0)
     result = w.end_step()
-    held = [leg.held for leg in result.finished_prefills]
-    assert [h.num_blocks for h in held if h] == [2, 2]
-    assert w.cache.num_free_blocks == 6
+    assert [leg.num_held_blocks for leg in result.finished_prefills] == [2, 0]
+    assert (w.num_holds, w.cache.num_free_blocks) == (1, 8)
     assert w.release("a") and not w.release("a")
-    assert w.cache.num_free_blocks == 8
-    assert held[1] is not None
-    w.expire(held[1].end_s - 1e-9)
-    assert w.num_holds == 1
-    w.expire(held[1].end_s)
-    assert w.num_holds == 0 and w.cache.num_free_blocks == 10
+    assert (w.num_holds, w.cache.num_free_blocks) == (0, 10)
+
+
+def test_blocks_that_somebody_may_still_write_to_outlive_their_leg():
+    """
+    1. a leg waits for KV; nothing comes, and a late write may: it starts over in other blocks
+    2. another one is stopped: its blocks stay too
+    3. released, they are free
+    """
+    w = worker(num_blocks=10)
+    for name in ("a", "b"):
+        w.add_decode(name, 8, 4, [], 0.0, is_kv_on_its_way=True)
+    w.begin_step(0.0)
+    assert [fetch.leg_id for fetch in w.take_fetches()] == ["a", "b"]
+    w.set_aside("a")
+    assert w.end_early("b", keep_blocks=True)
+    assert w.begin_step(0.0) is not None
+    assert [*w.end_step().tokens] == [("a", 1)]
+    assert (w.num_holds, w.cache.num_free_blocks) == (2, 10 - 2 - 2 - 2)
+    assert w.release("a") and w.release("b")
+    w.end_early("a")
+    assert w.cache.num_free_blocks == 10
+
+
+def test_promised_blocks_take_half_of_the_pool_and_the_line_for_them_holds_up_nobody_else():
+    """
+    1. streams of 8, 12 and 4 tokens want 2, 3 and 1 of 5 credits in 10 blocks: the third has to wait
+    2. so does nobody whose KV is not streamed
+    3. the first is here: its credits go to the third; a fourth that is stopped was never in the way
+    """
+    w = worker(num_blocks=10)
+    for name, num_tokens in (("a", 8), ("b", 12), ("c", 4), ("d", 4)):
+        w.add_decode(name, num_tokens, 4, [], 0.0, is_kv_on_its_way=True, is_streamed=True)
+    w.add_decode("here", 4, 4, [], 0.0, is_kv_on_its_way=False)
+    assert w.begin_step(0.0) is not None
+    assert [fetch.leg_id for fetch in w.take_fetches()] == ["a", "b"]
+    assert w.end_step().tokens == [("here", 1)]
+    assert w.load().num_waiting == 4
+    w.kv_arrived("a")
+    w.end_early("d")
+    w.begin_step(0.0)
+    assert [fetch.leg_id for fetch in w.take_fetches()] == ["c"]
 
 
 def test_kv_from_elsewhere_reserves_first_and_decodes_when_it_is_there():
