@@ -91,6 +91,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     num_preemptions: int = 0
     scheduler: SchedulerCounters | None = None
     """Of engines with a preempting scheduler."""
+    num_kv_digest_mismatches: int = 0
+    """Among the failures: KV that arrived and was not what its source had signed."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -78,6 +78,9 @@ class VllmEngineSettings:
     kv_stream_writes: Literal["chunk", "layer"] = "chunk"
     """When a streaming prefill worker writes: after each chunk, or after each layer of it (for slow links
     and prompts of one chunk; on GPUs it needs piecewise graphs)."""
+    is_kv_digest_enabled: bool = False
+    """Blocks are signed where they are computed and compared where they arrive; workers that hand off to each
+    other must agree on it."""
     is_progress_thread_enabled: bool = False
     """NIXL's thread polls without pause: half a core per idle engine, and slower transfers where cores
     are few. Off is safe because a prefill engine steps while it holds KV."""
@@ -252,6 +255,7 @@ def _nixl_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
             "kv_lease_margin_s": settings.kv_lease_margin_s,
             "kv_pull_timeout_s": settings.kv_pull_timeout_s,
             "kv_stream_writes": settings.kv_stream_writes,
+            "is_kv_digest_enabled": settings.is_kv_digest_enabled,
             "is_progress_thread_enabled": settings.is_progress_thread_enabled,
             "is_affinity_kept": True,
             "is_idle_pace_enabled": True,

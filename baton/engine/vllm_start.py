@@ -80,7 +80,7 @@ def describe(
         layout=KvLayout(
             model=settings.model,
             engine=f"vllm {vllm_version}",
-            transfer=f"nixl {_nixl_version()}",
+            transfer=f"nixl {_nixl_version()}" + (", kv digest" if settings.is_kv_digest_enabled else ""),
             dtype=str(model.dtype).removeprefix("torch."),
             num_layers=num_layers,
             num_kv_heads=model.get_total_num_kv_heads(),

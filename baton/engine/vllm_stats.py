@@ -14,6 +14,9 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from baton.contract.messages import SchedulerCounters, WorkerLoad
 
+DIGEST_DIFFERS = 2
+"""The connector's word for it; its module loads nixl, which only the engine's child processes need."""
+
 SCHEDULER_STATS = "baton_"
 """How names of our scheduler's running totals begin among vLLM's counts of a step."""
 
@@ -37,6 +40,7 @@ class LoadGauge:
         self._num_kv_bytes = 0
         self._num_kv_reads = 0
         self._num_kv_failures = 0
+        self._num_kv_mismatches = 0
         self._num_preemptions = 0
         self._num_scheduler_fallbacks = 0
         self._swap_counters: dict[str, int] = {}
@@ -80,6 +84,7 @@ class LoadGauge:
             num_kv_transfer_failures=self._num_kv_failures,
             num_preemptions=self._num_preemptions,
             scheduler=self._scheduler_counters(),
+            num_kv_digest_mismatches=self._num_kv_mismatches,
         )
 
     def _scheduler_counters(self) -> SchedulerCounters | None:
@@ -121,6 +126,7 @@ class LoadGauge:
                     for duration_s in transfers["transfer_duration"]:
                         self._on_transfer(duration_s)
                 self._num_kv_failures += len(transfers["num_failed_transfers"])
+                self._num_kv_mismatches += transfers["num_failed_transfers"].count(DIGEST_DIFFERS)
                 self._num_kv_failures += len(transfers["num_failed_handshakes"])
         if iteration_stats is not None:
             self._num_prefill_tokens += iteration_stats.prompt_token_stats.computed

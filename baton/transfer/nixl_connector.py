@@ -28,11 +28,13 @@ What is different, and why:
   a host would compute on the same core. Here the thread stays where it was.
 * **Idle engines rest.** An engine that only waits for others steps more slowly after a while
   (`idle_pace.py`).
+* **Signed blocks.** If asked for, what arrives is compared with what the source signed for these tokens
+  before the engine may use it (`kv_digest.py`); what differs is treated as a read that came too late.
 * **No orphans.** With an owner named, the process dies with it.
 
 Keys in `kv_connector_extra_config`: `is_progress_thread_enabled`, `is_affinity_kept`,
-`is_idle_pace_enabled`, `kv_lease_margin_s`, `kv_pull_timeout_s`, `owner`. Keys in a request's
-`kv_transfer_params`: the constants below.
+`is_idle_pace_enabled`, `is_kv_digest_enabled`, `kv_lease_margin_s`, `kv_pull_timeout_s`, `owner`. Keys
+in a request's `kv_transfer_params`: the constants below.
 """
 
 from __future__ import annotations
@@ -50,14 +52,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, K
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import base_worker
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBaseConnector, NixlPullConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlConnectorMetadata, ReqMeta
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 from vllm.v1.request import RequestStatus
 
 from baton.ports import is_port_free
 from baton.process_guard import ProcessIdentity, die_with
+from baton.transfer.digest_orders import DigestOrders
 from baton.transfer.idle_pace import IdlePace
 from baton.transfer.lease import (
     DEFAULT_MARGIN_S,
@@ -65,6 +66,7 @@ from baton.transfer.lease import (
     ReadWindow,
     num_tokens_to_pull,
 )
+from baton.transfer.nixl_digest import SigningScheduler, SigningWorker
 
 CONNECTOR_NAME = "LeasedNixlConnector"
 CONNECTOR_MODULE = __name__
@@ -90,13 +92,14 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class LeasedMetadata(NixlConnectorMetadata):
-    """What the scheduler tells the workers in one step, plus leases and releases."""
+    """What the scheduler tells the workers in one step, plus leases, releases and digests."""
 
     def __init__(self, stock: NixlConnectorMetadata) -> None:
         super().__init__()
         self.__dict__.update(stock.__dict__)
         self.windows: dict[str, ReadWindow] = {}
         self.released_req_ids: set[str] = set()
+        self.digests = DigestOrders()
 
 
 class LeasedNixlConnector(NixlPullConnector):
@@ -125,8 +128,14 @@ class LeasedNixlConnector(NixlPullConnector):
             ):
                 self.connector_worker = self.worker_class(vllm_config, self.engine_id, kv_cache_config)
 
+    def wait_for_save(self) -> None:
+        super().wait_for_save()
+        if isinstance(metadata := self._connector_metadata, LeasedMetadata):
+            assert self.connector_worker is not None
+            self.connector_worker.sign(metadata.digests)
 
-class LeasedPullScheduler(NixlPullConnectorScheduler):
+
+class LeasedPullScheduler(SigningScheduler):
     """Scheduler side: what to claim, what to hold, what to tell the workers."""
 
     side_channel_port: int
@@ -201,12 +210,14 @@ class LeasedPullScheduler(NixlPullConnectorScheduler):
             for req_id, (request, *_) in self._reqs_need_recv.items()
             if (lease_end_s := (request.kv_transfer_params or {}).get(LEASE_END_S)) is not None
         }
+        digests = self.digest_orders(scheduler_output)
         metadata = LeasedMetadata(super().build_connector_meta(scheduler_output))
-        metadata.windows = windows
+        metadata.windows, metadata.digests = windows, digests
         metadata.released_req_ids, self._released_req_ids = self._released_req_ids, set()
         return metadata
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        self.end_signing(request.request_id)
         params = request.kv_transfer_params or {}
         if released := params.get(RELEASE_HELD):
             self._released_req_ids.update(released)
@@ -231,7 +242,7 @@ class LeasedPullScheduler(NixlPullConnectorScheduler):
         return bool(params.get(HOLD_UNLESS_STOPPED)) and request.status == RequestStatus.FINISHED_STOPPED
 
 
-class LeasedPullWorker(NixlPullConnectorWorker):
+class LeasedPullWorker(SigningWorker):
     """Worker side: refuses, gives up and discards reads; releases holds early."""
 
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
@@ -250,6 +261,7 @@ class LeasedPullWorker(NixlPullConnectorWorker):
     def start_load_kv(self, metadata: NixlConnectorMetadata) -> None:
         if isinstance(metadata, LeasedMetadata):
             self._windows.update(metadata.windows)
+            self.expect(metadata.digests)
         if (stage := get_pp_group().rank_in_group) > 0:
             # With several stages every worker has its own copy of the metadata.
             for meta in metadata.reqs_to_recv.values():

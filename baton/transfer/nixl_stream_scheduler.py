@@ -79,6 +79,7 @@ class StreamMetadata(LeasedMetadata):
     def __init__(self, leased: LeasedMetadata, orders: StreamOrders) -> None:
         super().__init__(leased)
         self.windows, self.released_req_ids = leased.windows, leased.released_req_ids
+        self.digests = leased.digests
         self.orders = orders
 
 
@@ -146,6 +147,7 @@ class StreamScheduler(LeasedPullScheduler):
         num_blocks = -(-num_tokens // self.block_size)
         (missing,) = blocks.get_unhashed_block_ids_all_groups()
         self._reserved.add(request.request_id)
+        self.expect(request, missing[:num_blocks])
         self._orders.reservations[request.request_id] = StreamReservation(
             handoff_id=params[STREAM_ID],
             engine_id=params["remote_engine_id"],

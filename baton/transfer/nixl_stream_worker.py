@@ -46,6 +46,7 @@ from baton.handoff.source import (
     ReleaseWanted,
     SourceTable,
 )
+from baton.transfer.lease import DEFAULT_PULL_TIMEOUT_S
 from baton.transfer.nixl_connector import LeasedPullWorker
 from baton.transfer.nixl_stream_peers import KvMemory
 from baton.transfer.nixl_stream_scheduler import (
@@ -74,6 +75,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 MAX_OUTSTANDING_BYTES = 1 << 30
 """To one destination rank. What exceeds it waits behind the cursor."""
+WRITES_IN_LINE = 3
+"""A write may wait behind others, so it is given this many times what a read is."""
 REASSURE_EVERY_S = 2.0
 SILENCE_S = 10.0
 RESEND_S = 1.0
@@ -87,6 +90,9 @@ class StreamWorker(LeasedPullWorker):
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self._is_source = vllm_config.kv_transfer_config.kv_role == "kv_producer"
+        extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
+        pull_timeout_s = float(extra_config.get("kv_pull_timeout_s", DEFAULT_PULL_TIMEOUT_S))
+        self._write_patience_s = WRITES_IN_LINE * pull_timeout_s
         self._layer_index: dict[str, int] = {}
         self._own: KvMemory | None = None
         self._refusal: str | None = None
@@ -149,6 +155,7 @@ class StreamWorker(LeasedPullWorker):
                 self.region_mem_types[0] if self.region_mem_types else self.nixl_memory_type,
                 self._notices,
                 refusal=self._refusal,
+                patience_s=self._write_patience_s,
                 on_write=self._on_write,
             )
             self._writer.start()
@@ -162,7 +169,8 @@ class StreamWorker(LeasedPullWorker):
             "this model has several groups of KV blocks": len(self.kv_cache_config.transfer_groups) != 1,
             "KV lies in different kinds of memory": self._mixed_mem_types,
             "a block is several kernel blocks": self._physical_blocks_per_logical_kv_block != 1,
-            f"{self.num_regions} KV regions for {num_layers} layers": self.num_regions != num_layers,
+            f"{self.num_layer_regions} KV regions for {num_layers} layers": self.num_layer_regions
+            != num_layers,
             "KV heads are replicated over ranks": self.world_size > self.transfer_topo.total_num_kv_heads,
             "context parallelism": self.dcp_size > 1,
         }
@@ -356,9 +364,10 @@ class StreamWorker(LeasedPullWorker):
                     )
                 case Activate(req_id, first_token):
                     self._count_arrived(req_id)
-                    if first_token is not None:
+                    is_intact = self.is_intact(req_id)
+                    if first_token is not None and is_intact:
                         self._first_tokens[req_id] = first_token
-                    self._end(req_id, is_good=True)
+                    self._end(req_id, is_good=is_intact)
                 case GiveUp(req_id, reason):
                     logger.warning(
                         "kv stream given up: handoff_id=%s reason=%s",
@@ -431,6 +440,7 @@ class StreamWorker(LeasedPullWorker):
         self._registered = {entry for entry in self._registered if entry[0] in self._by_epoch}
         self._given_up.discard(req_id)
         self._first_write_s.pop(req_id, None)
+        self._to_compare.pop(req_id, None)
         (self._done if is_good else self._failed).add(req_id)
 
     def _probe(self, source: str) -> None:

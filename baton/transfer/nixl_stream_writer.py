@@ -117,8 +117,9 @@ class _InFlight:
     handle: Any
     key: StreamKey
     seq: int
+    posted_s: float
     is_good: bool = True
-    """False: it failed, and only its release is awaited."""
+    """False: it failed or hangs, and only its release is awaited."""
 
 
 @dataclass(slots=True)
@@ -139,9 +140,11 @@ class StreamWriter:
         notices: NoticeSorter,
         *,
         refusal: str | None,
+        patience_s: float,
         on_write: Callable[[int, float], None],
     ) -> None:
-        """`refusal`: why this engine cannot stream at all; every registration then fails with it."""
+        """`refusal`: why this engine cannot stream at all; every registration then fails with it.
+        `patience_s`: a write that takes longer hangs; it is cancelled, and its stream fails."""
         self._agent = agent
         self._name: str = agent.name
         self._table = table
@@ -149,6 +152,7 @@ class StreamWriter:
         self._memory_type = memory_type
         self._notices = notices
         self._refusal = refusal
+        self._patience_s = patience_s
         self._on_write = on_write
         self._inbox: queue.SimpleQueue[_Computed | _Barrier | None] = queue.SimpleQueue()
         self._released: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -364,7 +368,7 @@ class StreamWriter:
             self._notices.is_agent_busy = False
         if state == "DONE":
             self._on_write(len(write.source_blocks) * len(write.layers), time.monotonic() - started_s)
-        flight = _InFlight(handle, key, write.seq, is_good=state != "ERR")
+        flight = _InFlight(handle, key, write.seq, started_s, is_good=state != "ERR")
         if state == "DONE" and self._let_go(flight):
             return self._table.on_event(WriteEnded(key, write.seq, True), time.monotonic())
         self._in_flight.append(flight)
@@ -379,7 +383,13 @@ class StreamWriter:
                     logger.warning("kv write failed: handoff_id=%s %s", flight.key.handoff_id, error)
                     state = "ERR"
                 if state == "PROC":
-                    continue
+                    took_s = time.monotonic() - flight.posted_s
+                    if took_s < self._patience_s:
+                        continue
+                    logger.warning(
+                        "kv write given up: handoff_id=%s seq=%d took_s=%.1f",
+                        flight.key.handoff_id, flight.seq, took_s,
+                    )  # fmt: skip
                 flight.is_good = state == "DONE"
             if not self._let_go(flight):
                 continue

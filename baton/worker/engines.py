@@ -138,6 +138,7 @@ def _vllm(
             pipeline_parallel_size=settings.pipeline_parallel_size,
             num_threads_per_rank=settings.omp_threads,
             transfer=settings.transfer,
+            is_kv_digest_enabled=settings.kv_digest,
             side_channel_host=settings.host,
             side_channel_port=settings.transfer_port or 0,
             kv_lease_s=kv_lease_s,

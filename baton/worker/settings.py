@@ -30,6 +30,10 @@ class WorkerSettings:
         "only between workers that both say so",
     )
     transfer_port: int | None = option(None, "port that offers KV to other workers; absent: a free one")
+    kv_digest: bool = option(
+        False,
+        "sign KV blocks where they are computed and compare where they arrive; all workers or none",
+    )
 
     device: Literal["cpu", "cuda"] = option("cpu", "what the engine computes on")
     dtype: str = option("auto", "of weights and KV; `auto` takes the model's own")

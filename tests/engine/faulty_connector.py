@@ -1,8 +1,10 @@
 """The streaming connector with faults on demand, by the hand-off's name. vLLM loads it in its engines.
 
-`wrong-…`  the first write takes its first block from a wrong place (the block after it)
+`wrong-…`  the first write, or the read, takes its first block from a wrong place (the block after it)
+`flip-…`   one bit of one block flips after it has arrived
 `fail-…`   the second write fails
 `slow-…`   a pause after each chunk of its prefill
+`unlucky16-…`  every sixteenth transfer of all that are called so goes wrong (`faulty_agent`)
 """
 
 from __future__ import annotations
@@ -11,10 +13,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from baton.transfer import nixl_stream_writer
 from baton.transfer.nixl_stream_connector import StreamingNixlConnector
 from baton.transfer.nixl_stream_peers import StreamPeer
+from baton.transfer.nixl_stream_worker import StreamWorker
 from baton.transfer.stream_wire import BlocksWritten, decode
+from tests.engine.faulty_agent import FaultyAgent
 
 PAUSE_S = 0.15
 
@@ -33,7 +39,28 @@ class FaultyPeer(StreamPeer):
         return super().prepare_write(layers, own_blocks, peer_blocks, notice)
 
 
+class FaultyWorker(StreamWorker):
+    def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, engine_id, kv_cache_config)
+        self.nixl_wrapper: Any = FaultyAgent(self.nixl_wrapper)
+
+    def _read_blocks_for_req(self, req_id: str, meta: Any) -> None:
+        blocks = meta.remote.block_ids[0]
+        if req_id.startswith("wrong-") and blocks[0] != blocks[1]:  # it may be called twice
+            meta.remote.block_ids = ([blocks[1], *blocks[1:]],)
+        super()._read_blocks_for_req(req_id, meta)
+
+    def is_intact(self, req_id: str) -> bool:
+        if req_id.startswith("flip-"):
+            block = self._to_compare[req_id].block_ids[-1]
+            layer = list(self.device_kv_caches.values())[1]
+            layer[block].view(torch.int32).view(-1)[11] ^= 1 << 20
+        return super().is_intact(req_id)
+
+
 class FaultyStreamingConnector(StreamingNixlConnector):
+    worker_class = FaultyWorker
+
     def __init__(self, *arguments: Any, **named_arguments: Any) -> None:
         setattr(nixl_stream_writer, "StreamPeer", FaultyPeer)  # noqa: B010
         super().__init__(*arguments, **named_arguments)

@@ -1,0 +1,146 @@
+"""Two real engines that sign their KV, and transfers that go wrong: corrupted, refused, stuck, late.
+
+Whatever is done to a transfer, its request gets the right tokens or the typed error, the engines go on, and
+nothing stays held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from baton.engine.base import FinishedPrefill
+from tests.engine.pair import EnginePair, LegResult, begin_prefill
+from tests.engine.streams import GREEDY, faulty_transfer_arguments, random_prompt, stream_source
+
+BLOCK, CHUNK = 32, 128
+LEASE_S = 4
+PULL_TIMEOUT_S = 1.0
+
+Way = Literal["pull", "stream"]
+WAYS = pytest.mark.parametrize("way", ["pull", "stream"])
+
+
+@pytest.fixture(scope="module")
+def vllm_pair(demo_model: Path) -> Iterator[EnginePair]:
+    importlib.import_module("baton.engine.vllm_engine")
+    pair = EnginePair(demo_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("baton.engine.vllm_engine.transfer_arguments", faulty_transfer_arguments)
+        pair.run(
+            pair.start(
+                transfer="stream",
+                is_kv_digest_enabled=True,
+                max_num_batched_tokens=CHUNK,
+                kv_lease_s=LEASE_S,
+                kv_pull_timeout_s=PULL_TIMEOUT_S,
+                kv_cache_bytes=64 << 20,
+            ),
+            timeout_s=240.0,
+        )
+    yield pair
+    pair.close()
+
+
+async def handed_off(pair: EnginePair, way: Way, prompt: list[int], fault: str) -> LegResult:
+    handoff_id = f"{fault}-{pair.new_handoff_id()}"
+    if way == "stream":
+        source = stream_source(pair, handoff_id, len(prompt))
+        decoding = pair.begin_decode(prompt, GREEDY, source, handoff_id)
+        prefilling = begin_prefill(pair.prefill, pair.prefill_listener, prompt, GREEDY, handoff_id)
+        _, result = await asyncio.gather(prefilling, decoding)
+        return result
+    finished = await pair.run_prefill(prompt, GREEDY, handoff_id=handoff_id)
+    assert isinstance(finished, FinishedPrefill), finished.error
+    return await pair.run_decode(prompt, GREEDY, finished.kv_source, handoff_id=handoff_id)
+
+
+async def all_handed_off(
+    pair: EnginePair, way: Way, prompts: Sequence[list[int]], fault: str, *, at_once: int
+) -> list[LegResult]:
+    places = asyncio.Semaphore(at_once)
+
+    async def one(prompt: list[int]) -> LegResult:
+        async with places:
+            return await handed_off(pair, way, prompt, fault)
+
+    return await asyncio.gather(*map(one, prompts))
+
+
+async def answers_alone(pair: EnginePair, prompts: Sequence[list[int]]) -> list[list[int]]:
+    await pair.forget_prefixes()
+    results = await asyncio.gather(*(pair.run_decode(prompt, GREEDY) for prompt in prompts))
+    await pair.forget_prefixes()
+    return [result.token_ids for result in results]
+
+
+def num_mismatches(pair: EnginePair) -> int:
+    return pair.decode.load().num_kv_digest_mismatches
+
+
+async def wait_for_mismatches(pair: EnginePair, number: int) -> None:
+    """An engine's counters follow its outputs."""
+    for _ in range(100):
+        if num_mismatches(pair) >= number:
+            break
+        await asyncio.sleep(0.02)
+    assert num_mismatches(pair) == number
+
+
+@WAYS
+def test_signed_kv_raises_no_false_alarm(vllm_pair: EnginePair, way: Way) -> None:
+    """Unique prompts of all lengths, many at once; some begin with what one of the engines has already."""
+    prompts = [random_prompt(20 + 13 * number, seed=40) for number in range(28)]
+    expected = vllm_pair.run(answers_alone(vllm_pair, prompts))
+    before = num_mismatches(vllm_pair)
+    vllm_pair.run(vllm_pair.run_decode(prompts[20][: 4 * BLOCK], GREEDY))
+    vllm_pair.run(vllm_pair.run_prefill(prompts[21][: 5 * BLOCK], GREEDY, keep_kv=False))
+    results = vllm_pair.run(all_handed_off(vllm_pair, way, prompts, "none", at_once=28), timeout_s=100.0)
+    assert [result.error for result in results] == [None] * len(prompts)
+    assert [result.token_ids for result in results] == expected
+    assert num_mismatches(vllm_pair) == before
+    vllm_pair.run(vllm_pair.wait_until_free(LEASE_S + 4.0))
+
+
+@WAYS
+@pytest.mark.parametrize("fault", ["wrong", "flip"])
+def test_a_planted_corruption_is_caught_every_time(vllm_pair: EnginePair, way: Way, fault: str) -> None:
+    """A block from a wrong place, with its own signature, and a single bit: no token is sampled from it."""
+    vllm_pair.run(vllm_pair.forget_prefixes())
+    before = num_mismatches(vllm_pair)
+    for seed in range(5):
+        prompt = random_prompt(CHUNK + 40 * seed + 3, seed=50 + seed)
+        result = vllm_pair.run(handed_off(vllm_pair, way, prompt, fault), timeout_s=60.0)
+        assert result.token_ids == []
+        assert result.error is not None and result.error.code == "kv_transfer_failed"
+    vllm_pair.run(wait_for_mismatches(vllm_pair, before + 5))
+    again = random_prompt(CHUNK + 3, seed=50)
+    (expected,) = vllm_pair.run(answers_alone(vllm_pair, [again]))
+    assert vllm_pair.run(handed_off(vllm_pair, way, again, "none"), timeout_s=60.0).token_ids == expected
+    vllm_pair.run(vllm_pair.wait_until_free(LEASE_S + 4.0))
+
+
+@WAYS
+def test_transfers_that_fail_leave_right_answers_and_errors(vllm_pair: EnginePair, way: Way) -> None:
+    """
+    1. every fourth transfer is refused, fails, hangs for ever, or is told late
+    2. some requests get the typed error, all others their right tokens; nobody waits
+    3. both engines go on, and nothing is held
+    """
+    prompts = [random_prompt(CHUNK + 9 * number, seed=60) for number in range(24)]
+    expected = vllm_pair.run(answers_alone(vllm_pair, prompts))
+    results = vllm_pair.run(all_handed_off(vllm_pair, way, prompts, "unlucky4", at_once=6), timeout_s=120.0)
+    errors = [result.error.code for result in results if result.error is not None]
+    assert set(errors) == {"kv_transfer_failed"}
+    assert len(errors) < len(prompts)
+    for result, tokens in zip(results, expected, strict=True):
+        assert result.token_ids == ([] if result.error is not None else tokens)
+    vllm_pair.run(vllm_pair.wait_until_free(LEASE_S + 10.0))
+    results = vllm_pair.run(all_handed_off(vllm_pair, way, prompts[:4], "none", at_once=4), timeout_s=60.0)
+    assert [result.token_ids for result in results] == expected[:4]
+    vllm_pair.run(vllm_pair.wait_until_free(LEASE_S + 4.0))
