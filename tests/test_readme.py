@@ -1,4 +1,4 @@
-"""What the documents show must exist: scripts, flags, files."""
+"""What the documents show must exist: scripts, flags, files, tests."""
 
 from __future__ import annotations
 
@@ -84,6 +84,19 @@ def test_linked_and_named_files_exist(document: str):
     text = (ROOT / document).read_text(encoding="utf-8")
     named = re.findall(r"\]\(([A-Za-z_/]+\.?[a-z]*)\)", text) + re.findall(r"`(scripts/[a-z_]+\.sh)`", text)
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_each_known_failure_names_tests_that_exist():
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    section = text.partition("## What users of such systems run into\n")[2].partition("\n## ")[0]
+    _, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) >= 12
+    for row in rows:
+        named = re.findall(r"`(tests/[a-z_/]+\.py)::(test_\w+)`", row)
+        assert named, f"no test: {row}"
+        for file, name in named:
+            code = (ROOT / file).read_text(encoding="utf-8")
+            assert re.search(rf"^(async )?def {name}\(", code, re.MULTILINE), f"{file}::{name}"
 
 
 def test_yaml_shown_is_accepted(tmp_path: Path):

@@ -150,6 +150,9 @@ def test_of_two_that_nobody_knows_the_later_one_is_refused(workers: Workers) -> 
     workers.answer()
     assert set(workers.refused) == {"d0"}
     assert workers.serving() == set()
+    why = workers.bench.core.facts().why_not_ready
+    assert why is not None, "the 503 says it"
+    assert "worker d0 cannot join" in why
     workers.join("d1", DECODE, weights=2)
     workers.answer()
     assert workers.serving() == {"p0", "d1"}
