@@ -100,6 +100,8 @@ class Core:
     ) -> None:
         self.fleet = FleetView()
         self.is_draining = False
+        self.num_discarded_tokens = 0
+        """Generated and sent to nobody: their request was over, or they were known already."""
         self._settings = settings
         self._dispatch = Dispatch(
             self.fleet,
@@ -258,6 +260,7 @@ class Core:
         request = self._leg(delta.handoff_id, worker, RequestState.PREFILLING)
         if request is None:
             # Nobody will fetch this KV: let the worker free it now instead of at the lease's end.
+            self.num_discarded_tokens += len(delta.token_ids)
             return [Send(worker.worker_id, AbortLeg(handoff_id=delta.handoff_id))]
         if delta.num_cached_tokens is not None:
             num_uncached_tokens = request.num_leg_tokens - delta.num_cached_tokens
@@ -265,13 +268,15 @@ class Core:
             if request.is_alone:
                 self.pace.prefilled(num_uncached_tokens, delta.num_cached_tokens, message.prefill_s)
         self._dispatch.prompt_computed(worker, delta.handoff_id, now_s)
-        request.prompt_computed(now_s)
+        request.prompt_computed(now_s, delta.num_cached_tokens)
         request.found_hits(delta.num_cached_tokens)
         request.prompt_logprobs = message.prompt_logprobs or request.prompt_logprobs
         is_last = delta.finish_reason is not None or not request.needs_decode
         if request.next_token_by is WorkerRole.PREFILL and not (is_last or is_usable(delta)):
             request.choose_next_token(WorkerRole.DECODE, "partial character")
         is_token_given = request.next_token_by is WorkerRole.PREFILL
+        if not is_token_given:
+            self.num_discarded_tokens += len(delta.token_ids)
         actions: list[Action] = []
         if is_token_given:
             request.output_token_ids.extend(delta.token_ids)
@@ -303,10 +308,13 @@ class Core:
                     is_room_freed = True
                 else:
                     self._log_dropped("delta", delta.handoff_id, worker)
+                    self.num_discarded_tokens += len(delta.token_ids)
                 continue
             if request.given_delta is not None:
                 given, request.given_delta = request.given_delta, None
                 rest = without_repeated(delta, given)
+                num_kept = 0 if rest is None else len(rest.token_ids)
+                self.num_discarded_tokens += len(delta.token_ids) - num_kept
                 if rest is None:
                     error = _other_first_token(delta, given, worker)
                     actions += self._attempt_failed(request, error, worker.worker_id, now_s)
@@ -427,7 +435,7 @@ class Core:
     def _first_decode_delta(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
         if request.state is RequestState.PREFILLING:
             # Computed here; or streamed, and the prefill worker's own word is still on its way.
-            request.prompt_computed(now_s)
+            request.prompt_computed(now_s, delta.num_cached_tokens)
             request.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
             worker = self.fleet.get(request.prefill_worker or request.decode_worker or "")
             if worker is not None:
@@ -438,6 +446,8 @@ class Core:
             and request.prompt_computed_s is not None
         ):
             self.pace.handed_over(request.num_bytes_to_move, now_s - request.prompt_computed_s)
+        elif request.kv_source is None:  # computed a second time
+            request.num_prefilled_tokens += request.num_leg_tokens
         request.move(RequestState.DECODING, now_s)
         if request.first_decode_s is None:
             request.first_decode_s = now_s
@@ -482,13 +492,14 @@ class Core:
         error: ServingError | None = None,
     ) -> list[Action]:
         is_well = outcome is Outcome.COMPLETED
+        phase = None if is_well else request.state.value
         actions = self._attempts.complete(request) if is_well else self._attempts.close(request)
         self._line.leave(request)
         request.move(RequestState.FINISHED, now_s)
         del self._requests[request.request_id]
         actions.append(
             Finish(request.sink, request.request_id, request.handoff_id,
-                   final_report(request, outcome, now_s, last, error), now_s - request.submitted_s,
+                   final_report(request, outcome, now_s, last, error, phase), now_s - request.submitted_s,
                    request.records)
         )  # fmt: skip
         return actions

@@ -93,6 +93,7 @@ class Metrics(Collector):
         self._first_tokens = LabelledCounter()
         self._ways = LabelledCounter()
         self._num_prompt_tokens = 0
+        self._num_prefilled_tokens = 0
         self._num_cached_tokens = 0
         self._num_predicted_hit_tokens = 0
         self._hit_predictions = LabelledCounter()
@@ -115,9 +116,10 @@ class Metrics(Collector):
         """The final word on an accepted submission. Times are of requests that had the phase."""
         self._outcomes.add(report.outcome.value)
         if report.error is not None:
-            self._errors.add(report.error.code)
+            self._errors.add(report.error.code, report.error.phase or report.phase or "")
         num_output = report.num_output_tokens
         self._num_prompt_tokens += report.num_prompt_tokens
+        self._num_prefilled_tokens += report.num_prefilled_tokens
         self._num_cached_tokens += report.num_cached_tokens
         self._num_output_tokens += num_output
         self._kv_bytes += report.kv_bytes
@@ -164,7 +166,9 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Any]:
         yield self._outcomes.family("baton_requests", "Finished requests by outcome.", ("outcome",))
-        yield self._errors.family("baton_request_errors", "Accepted, then failed, by code.", ("code",))
+        yield self._errors.family(
+            "baton_request_errors", "Accepted, then failed, by code and phase.", ("code", "phase")
+        )
         yield self._refusals.family("baton_requests_refused", "Requests never accepted, by code.", ("code",))
         yield self._first_tokens.family(
             "baton_first_token", "Who sampled the first token, and by which rule.", ("by", "reason")
@@ -198,7 +202,12 @@ class Metrics(Collector):
                 "Prompt tokens that were expected in a prefix cache.",
                 self._num_predicted_hit_tokens,
             ),
-            ("baton_output_tokens", "Tokens generated.", self._num_output_tokens),
+            (
+                "baton_prefilled_tokens",
+                "Prompt tokens computed, all attempts, requests that failed included.",
+                self._num_prefilled_tokens,
+            ),
+            ("baton_output_tokens", "Tokens sent, whatever the outcome.", self._num_output_tokens),
             ("baton_kv_bytes", "KV bytes handed from prefill to decode workers.", self._kv_bytes),
             ("baton_retries", "Attempts beyond the first.", self._num_retries),
             ("baton_resumes", "Of those, went on from tokens the client had.", self._num_resumes),

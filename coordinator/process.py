@@ -144,6 +144,11 @@ def _add_gauges(metrics: Metrics, core: Core) -> None:
 
     metrics.add_gauge("baton_requests_in_flight", "Accepted, not finished.", lambda: core.num_requests)
     metrics.add_gauge("baton_requests_queued", "Waiting for a worker.", lambda: core.num_queued)
+    metrics.add_gauge(
+        "baton_discarded_tokens",
+        "Generated so far and sent to nobody: their request was over, or they were known already.",
+        lambda: core.num_discarded_tokens,
+    )
     prefixes = core.prefixes
     metrics.add_gauge("baton_kv_index_blocks", "Blocks in the prefix index.", lambda: prefixes.num_blocks)
     metrics.add_gauge("baton_kv_index_bytes", "Its memory, estimated.", lambda: prefixes.num_bytes)

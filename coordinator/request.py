@@ -33,7 +33,8 @@ class Request:
         "first_token_reason", "given_delta", "handoff_id", "hit_tokens", "hits", "is_alone",
         "is_recomputed", "is_streamed", "kv_source", "last_decode_worker", "last_error",
         "last_prefill_worker", "next_token_by", "num_attempts", "num_bytes_moved", "num_bytes_to_move",
-        "num_fruitless_attempts", "num_given_tokens", "num_prompt_tokens", "num_resumes",
+        "num_fruitless_attempts", "num_given_tokens", "num_prefilled_tokens", "num_prompt_tokens",
+        "num_resumes",
         "output_token_ids", "placement", "predicted_hit_tokens", "prefill_finished_s", "prefill_worker",
         "progress_s", "prompt_computed_s", "prompt_logprobs", "records", "sink", "started_s", "state",
         "submission", "submitted_s", "unwanted_workers", "way", "way_reason",
@@ -79,6 +80,8 @@ class Request:
         self.started_s: float | None = None
         """None: no prefill belongs to it."""
         self.prompt_computed_s: float | None = None
+        self.num_prefilled_tokens = 0
+        """Over all attempts, without hits."""
 
         # What the client is told. An attempt that goes on from tokens adds to it and changes none of it.
         self.last_prefill_worker: str | None = None
@@ -231,7 +234,10 @@ class Request:
         if not self.is_resumed:
             self.first_token_by, self.first_token_reason = by, reason
 
-    def prompt_computed(self, now_s: float) -> None:
+    def prompt_computed(self, now_s: float, num_hit_tokens: int | None) -> None:
+        """`num_hit_tokens`: the engine's word; None: it has not said, what was predicted stands for it."""
+        num_hits = self.predicted_hit_tokens if num_hit_tokens is None else num_hit_tokens
+        self.num_prefilled_tokens += self.num_leg_tokens - (num_hits or 0)
         self.prompt_computed_s = now_s
         if not self.is_resumed:
             self.prefill_finished_s = now_s
@@ -274,13 +280,17 @@ def final_report(
     now_s: float,
     last: SequenceDelta | None,
     error: ServingError | None,
+    phase: str | None,
 ) -> RequestReport:
+    """The usage record: one for each accepted request, however it ended. `phase`: see `RequestReport`."""
     return RequestReport(
         outcome=outcome,
         error=error.report() if error is not None else None,
         finish_reason=last.finish_reason if last is not None else None,
         stop_reason=last.stop_reason if last is not None else None,
+        phase=phase,
         num_prompt_tokens=request.num_prompt_tokens,
+        num_prefilled_tokens=request.num_prefilled_tokens,
         num_output_tokens=request.num_output_tokens,
         num_cached_tokens=request.hit_tokens or 0,
         num_resumes=request.num_resumes,

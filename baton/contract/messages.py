@@ -395,8 +395,13 @@ class RequestReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     error: ErrorReport | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    phase: str | None = None
+    """In which it ended; None: it completed."""
     num_prompt_tokens: int = 0
+    num_prefilled_tokens: int = 0
+    """Prompt tokens computed for it, over all attempts whose prefill ended; without cached ones."""
     num_output_tokens: int = 0
+    """Sent to the client, whatever the outcome."""
     num_cached_tokens: int = 0
     """Prompt tokens the prefill worker had in its prefix cache."""
     num_resumes: int = 0

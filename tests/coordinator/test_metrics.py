@@ -55,11 +55,11 @@ def test_times_depend_on_who_sampled_the_first_token(by, ttft, tpot):
 def test_a_failure_counts_once_and_adds_no_latency():
     metrics = Metrics()
     error = ErrorReport(code="worker_lost", message="gone")
-    metrics.on_finished(RequestReport(outcome=Outcome.FAILED, error=error))
+    metrics.on_finished(RequestReport(outcome=Outcome.FAILED, error=error, phase="decoding"))
     metrics.on_refused("queue_full")
     values = scraped(metrics)
     assert values['baton_requests_total{outcome="failed"}'] == 1
-    assert values['baton_request_errors_total{code="worker_lost"}'] == 1
+    assert values['baton_request_errors_total{code="worker_lost",phase="decoding"}'] == 1
     assert values['baton_requests_refused_total{code="queue_full"}'] == 1
     assert values["baton_e2e_request_latency_seconds_count"] == 0
 
