@@ -53,7 +53,7 @@ KNOWN_FLAGS = {
     "coordinator": flags_of(CoordinatorSettings),
     "explain": {"--last", "--log", "--replay"},
     "story": {"--run"},
-    "chaos.sh": {"--quick", "--save", "--json", "--minutes"},
+    "chaos.sh": {"--quick", "--save", "--json", "--minutes", "--transfer"},
 }
 
 

@@ -10,6 +10,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from baton.history import RunWriter
@@ -38,20 +39,43 @@ WARM_UP_SHARE = 1 / 3
 """Of a soak: tables grow to their working size."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What was asked for on the command line."""
+
+    folder: Path
+    is_quick: bool
+    load_s: float | None
+    """None: as long as the scenario takes by default."""
+    worker: tuple[str, ...]
+    """Flags of all workers."""
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/chaos.sh", description=__doc__)
     parser.add_argument("name", choices=[*SCENARIOS])
     parser.add_argument("--quick", action="store_true", help="less than a minute: does it run?")
     parser.add_argument("--minutes", type=float, metavar="N", help="how long the load lasts, at most (real)")
+    parser.add_argument(
+        "--transfer", choices=["pull", "stream"], help="how KV moves; absent: the workers' default"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per figure instead of a table")
     parser.add_argument(
         "--save", action="store_true", help="write benchmarks/results/chaos-NAME.json and .md"
     )
     options = parser.parse_args(argv)
-    folder = SCRATCH / f"chaos-{options.name}"
+    name = options.name if options.transfer is None else f"{options.name}-{options.transfer}"
+    folder = SCRATCH / f"chaos-{name}"
     shutil.rmtree(folder, ignore_errors=True)
-    minutes = options.minutes
-    report = SCENARIOS[options.name](folder, options.quick, None if minutes is None else minutes * 60)
+    report = SCENARIOS[options.name](
+        Order(
+            folder=folder,
+            is_quick=options.quick,
+            load_s=None if options.minutes is None else options.minutes * 60,
+            worker=() if options.transfer is None else ("--transfer", options.transfer),
+        )
+    )
+    report.benchmark = f"chaos-{name}"
     report.remarks.append("Clients' records and logs of the run can be checked again: baton history check.")
     if options.quick:
         report.remarks.insert(0, "Quick run: a functional check and no proof.")
@@ -63,39 +87,39 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_BAR_MISSED if report.missed else 0
 
 
-def simulated(folder: Path, is_quick: bool, load_s: float | None) -> Report:
+def simulated(order: Order) -> Report:
     """2P2D, 2,000 users, each role killed in turn every 10 s."""
-    num_users, step_s = (300, 0.05) if is_quick else (2_000, 0.4)
+    num_users, step_s = (300, 0.05) if order.is_quick else (2_000, 0.4)
     load = Load(
         num_users=num_users,
-        load_s=load_s or (24.0 if is_quick else 300.0),
-        ramp_s=2.0 if is_quick else 10.0,
+        load_s=order.load_s or (24.0 if order.is_quick else 300.0),
+        ramp_s=2.0 if order.is_quick else 10.0,
         victims=in_turn(NUM_PREFILL, NUM_DECODE),
-        kill_every_s=5.0 if is_quick else 10.0,
+        kill_every_s=5.0 if order.is_quick else 10.0,
     )
-    with RunWriter(folder) as writer:
-        supervised = start_simulated(folder, writer, step_s=step_s)
+    with RunWriter(order.folder) as writer:
+        supervised = start_simulated(order.folder, writer, step_s=step_s, worker=order.worker)
         found = run(supervised, writer, SIMULATED_LIMITS, load, simulated_jobs((16, 32)))
     if found.violations:
-        print(found.told(folder), file=sys.stderr)
+        print(found.told(order.folder), file=sys.stderr)
     return judge("simulated", found, num_workers=NUM_WORKERS)
 
 
-def real(folder: Path, is_quick: bool, load_s: float | None) -> Report:
+def real(order: Order) -> Report:
     """2P2D of vLLM on CPU, 20 kills, each when the fleet is whole again. Quick: one kill. Few users: engines
     that start need the cores too."""
-    num_kills = 1 if is_quick else 20
+    num_kills = 1 if order.is_quick else 20
     load = Load(
         num_users=4,
         think_s=0.5,
-        load_s=load_s or 1_800.0,
-        victims=["decode-1"] if is_quick else in_turn(NUM_PREFILL, NUM_DECODE),
+        load_s=order.load_s or 1_800.0,
+        victims=["decode-1"] if order.is_quick else in_turn(NUM_PREFILL, NUM_DECODE),
         kill_every_s=3.0,
         waits_for_recovery=True,
         num_kills=num_kills,
     )
-    with RunWriter(folder) as writer:
-        supervised = start_real(folder, writer, demo_model())
+    with RunWriter(order.folder) as writer:
+        supervised = start_real(order.folder, writer, demo_model(), worker=order.worker)
         try:
             next_job = real_jobs(supervised.fleet.http_port)
         except BaseException:
@@ -103,22 +127,22 @@ def real(folder: Path, is_quick: bool, load_s: float | None) -> Report:
             raise
         found = run(supervised, writer, REAL_LIMITS, load, next_job)
     if found.violations:
-        print(found.told(folder), file=sys.stderr)
+        print(found.told(order.folder), file=sys.stderr)
     return judge("real", found, num_workers=NUM_WORKERS, num_kills=num_kills)
 
 
-def soak(folder: Path, is_quick: bool, load_s: float | None) -> Report:
+def soak(order: Order) -> Report:
     """An hour of mixed load with now and then a worker killed; the coordinator lives through it."""
-    load_s = load_s or (30.0 if is_quick else 3_600.0)
+    load_s = order.load_s or (30.0 if order.is_quick else 3_600.0)
     load = Load(
         num_users=40,
         load_s=load_s,
         ramp_s=2.0,
         victims=workers_in_turn(NUM_PREFILL, NUM_DECODE),
-        kill_every_s=8.0 if is_quick else 120.0,
+        kill_every_s=8.0 if order.is_quick else 120.0,
     )
-    with RunWriter(folder) as writer:
-        supervised = start_simulated(folder, writer, step_s=0.05)
+    with RunWriter(order.folder) as writer:
+        supervised = start_simulated(order.folder, writer, step_s=0.05, worker=order.worker)
         found = run(
             supervised,
             writer,
@@ -127,7 +151,7 @@ def soak(folder: Path, is_quick: bool, load_s: float | None) -> Report:
             simulated_jobs((1, 64), share_leaving=0.1, share_whole=0.3),
         )
     if found.violations:
-        print(found.told(folder), file=sys.stderr)
+        print(found.told(order.folder), file=sys.stderr)
     report = judge("soak", found, num_workers=NUM_WORKERS)
     warm = [(s, b) for s, b in found.rss_bytes if s >= WARM_UP_SHARE * load_s]
     report.figures += [
@@ -140,7 +164,7 @@ def soak(folder: Path, is_quick: bool, load_s: float | None) -> Report:
     return report
 
 
-SCENARIOS: dict[str, Callable[[Path, bool, float | None], Report]] = {
+SCENARIOS: dict[str, Callable[[Order], Report]] = {
     "simulated": simulated,
     "real": real,
     "soak": soak,

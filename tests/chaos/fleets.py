@@ -69,23 +69,25 @@ REAL_LIMITS = Limits(
 
 
 def start_simulated(
-    folder: Path, writer: RunWriter, *, step_s: float, limits: Limits = SIMULATED_LIMITS
+    folder: Path, writer: RunWriter, *, step_s: float, worker: tuple[str, ...] = ()
 ) -> Supervised:
     """Room for every request on one worker of each role, so that the other may be dead."""
     return start_fleet(
         folder,
         writer,
-        limits,
+        SIMULATED_LIMITS,
         engine="simulated",
         worker=(
             "--max-model-len", str(MAX_MODEL_LEN), "--num-blocks", "65536", "--max-batch-size", "4096",
-            "--max-num-batched-tokens", "8192",
+            "--max-num-batched-tokens", "8192", *worker,
         ),
         prefill=("--simulated-step-s", "0.01", "--simulated-prefill-tokens-per-s", "200000"),
         decode=("--simulated-step-s", f"{step_s:g}"),
     )  # fmt: skip
 
 
-def start_real(folder: Path, writer: RunWriter, model: Path) -> Supervised:
+def start_real(folder: Path, writer: RunWriter, model: Path, *, worker: tuple[str, ...] = ()) -> Supervised:
     """vLLM and NIXL on CPU. Long prompts are computed in chunks."""
-    return start_fleet(folder, writer, REAL_LIMITS, engine="vllm", model=model, worker=REAL_WORKER)
+    return start_fleet(
+        folder, writer, REAL_LIMITS, engine="vllm", model=model, worker=(*REAL_WORKER, *worker)
+    )
