@@ -36,6 +36,14 @@ def test_json_and_a_picture(trace: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_prompts_stay_unless_they_may_not(trace: str, capsys: pytest.CaptureFixture[str]):
+    shares = []
+    for options in ([], ["--no-stay"]):
+        assert main([trace, "--fleet", "3P3D1both", "--speedup", "4", "--json", "--no-guard", *options]) == 0
+        shares.append(json.loads(capsys.readouterr().out)["stay_ratio"])
+    assert shares[0] > 0.0 and shares[1] == 0.0
+
+
 def test_parameters_of_a_policy_may_hold_commas():
     assert parser().parse_args(["t", "--policy", "slo:1.0,0.02,lmetric"]).policy == [
         "slo:1.0,0.02",

@@ -175,7 +175,7 @@ class _BesideCore(_Replay):
             self.num_tokens[leg_id] += 1
             is_last = self.num_tokens[leg_id] == self._requests[int(leg_id)].num_output_tokens
             deltas.append(SequenceDelta(self.handoff_ids[leg_id], [7], "x", "length" if is_last else None))
-        load = member.account.load
+        load = member.worker.load()
         if not is_latest:  # those of the row were running then, whoever is now
             load = msgspec.structs.replace(load, num_running=len(leg_ids))
         message = StepOutputs(deltas=deltas, load=load)

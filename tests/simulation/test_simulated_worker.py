@@ -146,6 +146,31 @@ def test_many_decode_steps_are_one():
     assert [entry[2] for entry in many] == pytest.approx([entry[2] for entry in one])
 
 
+@pytest.mark.parametrize("num_outputs", [1, 2, 90])
+@pytest.mark.parametrize("per_context_token_s", [0.0, 1e-4])
+def test_a_row_of_steps_knows_when_each_ends(num_outputs: int, per_context_token_s: float):
+    pace = LinearStepTime(base_s=0.01, per_decode_s=1e-3, per_context_token_s=per_context_token_s)
+    rows, single = (SimulatedWorker(worker(num_blocks=500).settings, pace) for _ in range(2))
+    now_s = 0.0
+    for each in (rows, single):
+        each.add_decode("a", 5, num_outputs + 1, [], 0.0, is_kv_on_its_way=False)
+        each.add_decode("b", 9, num_outputs + 1, [], 0.0, is_kv_on_its_way=False)
+        first = each.begin_step(0.0)
+        assert first is not None
+        now_s = first.end_s
+        each.end_step()
+    row = rows.begin_step(now_s, 1000)
+    assert row is not None and row.num_steps == num_outputs
+    assert row.num_ended(now_s) == 0
+    for number in range(1, num_outputs + 1):
+        step = single.begin_step(now_s)
+        assert step is not None
+        now_s = step.end_s
+        single.end_step()
+        assert row.step_end_s(number) == pytest.approx(now_s, abs=1e-9)
+        assert (row.num_ended(now_s - 1e-6), row.num_ended(now_s + 1e-6)) == (number - 1, number)
+
+
 def test_cut_ends_with_the_step_in_progress():
     w = worker(num_blocks=500)
     w.add_decode("a", 4, 101, [], 0.0, is_kv_on_its_way=False)
