@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 
 import msgspec
 
@@ -139,6 +140,7 @@ class Coordinator:
             "num_requests": self._core.num_requests,
             "num_queued": self._core.num_queued,
             "is_draining": self._core.is_draining,
+            "bad_pairs": [asdict(pair) for pair in self._core.bad_pairs(now_s)],
             "workers": [_worker_snapshot(worker, now_s) for worker in self._core.fleet],
         }
 

@@ -50,14 +50,14 @@ from coordinator.actions import Action, Deliver, Finish, Send
 from coordinator.admission import check_acceptable
 from coordinator.attempts import Attempts
 from coordinator.deadline import Estimate
-from coordinator.dispatch import Dispatch
+from coordinator.dispatch import BadPair, Dispatch
 from coordinator.first_token import is_usable, without_repeated
 from coordinator.fleet import FleetView, Worker
 from coordinator.intake import FleetFacts, ResultSink, Submission
 from coordinator.join_test import JoinTests
 from coordinator.legs import with_lease_left
 from coordinator.prefixes import FleetPrefixes
-from coordinator.recovery import RecoveryPolicy, give_back, remedy_for, waited_in_vain
+from coordinator.recovery import RecoveryPolicy, give_back, is_failed_handoff, remedy_for, waited_in_vain
 from coordinator.request import Request, final_report
 from coordinator.waiting_line import MAX_RETRY_AFTER_S, WaitingLine
 
@@ -143,6 +143,10 @@ class Core:
     @property
     def pace(self) -> FleetPace:
         return self._dispatch.pace
+
+    def bad_pairs(self, now_s: float) -> Iterable[BadPair]:
+        """Of prefill and decode worker."""
+        return self._dispatch.bad_pairs(now_s)
 
     @property
     def prefixes(self) -> FleetPrefixes:
@@ -440,19 +444,13 @@ class Core:
             worker = self.fleet.get(request.prefill_worker or request.decode_worker or "")
             if worker is not None:
                 self._dispatch.prompt_computed(worker, request.handoff_id, now_s)
-        elif (
-            request.kv_source is not None
-            and not request.is_streamed
-            and request.prompt_computed_s is not None
-        ):
-            self.pace.handed_over(request.num_bytes_to_move, now_s - request.prompt_computed_s)
         elif request.kv_source is None:  # computed a second time
             request.num_prefilled_tokens += request.num_leg_tokens
+        if request.kv_source is not None:
+            self._handed_over(request, delta, now_s)
         request.move(RequestState.DECODING, now_s)
         if request.first_decode_s is None:
             request.first_decode_s = now_s
-        if request.kv_source is not None:
-            request.num_bytes_moved += request.kv_source.num_bytes
         event(logger, "decoding", request_id=request.request_id, handoff_id=request.handoff_id,
               decode_worker=request.decode_worker)  # fmt: skip
         if request.prefill_worker is not None:  # the KV has been read: that worker is done with us
@@ -460,12 +458,30 @@ class Core:
             request.prefill_worker = None
         request.update_placement()
 
+    def _handed_over(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
+        """Or not: an engine whose policy is to recompute goes on without the KV, and says so."""
+        assert request.kv_source is not None and request.decode_worker is not None
+        source = request.prefill_worker
+        if delta.has_lost_kv:
+            request.num_prefilled_tokens += request.num_leg_tokens
+            if source is not None:
+                self._dispatch.handoff_failed(source, request.decode_worker, now_s)
+            return
+        request.num_bytes_moved += request.kv_source.num_bytes
+        if source is not None:
+            self._dispatch.handoff_succeeded(source, request.decode_worker)
+        if request.prompt_computed_s is not None and not request.is_streamed:
+            self.pace.handed_over(request.num_bytes_to_move, now_s - request.prompt_computed_s)
+
     # ── endings ──────────────────────────────────────────────────────────────────────────────
 
     def _attempt_failed(
         self, request: Request, error: ServingError, worker_id: str | None, now_s: float
     ) -> list[Action]:
         """Another attempt, or the end. `worker_id`: whose failure it is, if that is known."""
+        if is_failed_handoff(request, error):
+            assert request.prefill_worker is not None and request.decode_worker is not None
+            self._dispatch.handoff_failed(request.prefill_worker, request.decode_worker, now_s)
         remedy = remedy_for(request, error, worker_id, self._recovery)
         if isinstance(remedy, ServingError):
             outcome = Outcome.EXPIRED if isinstance(error, PhaseTimeout) else Outcome.FAILED

@@ -8,7 +8,8 @@ this one's request has left already.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,13 +21,17 @@ from baton.policy.decision import Decision
 from baton.policy.explain import read_all, record_decision
 from baton.policy.fleet_pace import FleetPace
 from baton.policy.ledger import Pool, WorkerAccount
+from baton.policy.pair_health import FENCE_S, PairHealth
 from baton.policy.room import lack_of_prefill_room, lack_of_room
-from baton.policy.router import KnownHits, Router, best_hit_tokens
+from baton.policy.router import NOBODY, KnownHits, Router, best_hit_tokens
 from baton.policy.stay_or_go import Pace
+from baton.telemetry import event
 from coordinator.deadline import least_output_tokens, service_s
 from coordinator.fleet import FleetView, Worker
 from coordinator.prefixes import FleetPrefixes
 from coordinator.request import Request
+
+logger = logging.getLogger("baton.coordinator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,18 @@ class Assignment:
     reason: str
     record: dict[str, Any] | None
     """Every fact of the decision, where decisions are recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadPair:
+    """Whose last hand-off failed."""
+
+    prefill_worker: str
+    decode_worker: str
+    num_failures: int
+    """In a row."""
+    fenced_s: float
+    """For so long from now on; 0: not, or due for a trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +107,35 @@ class Dispatch:
 
     def worker_left(self, worker: Worker) -> None:
         self._learn()
+        self.pairs.left(worker.account.slot)
         self.prefixes.worker_left(worker)
+
+    # ── pairs ────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def pairs(self) -> PairHealth:
+        return self._chooser.pairs
+
+    def bad_pairs(self, now_s: float) -> Iterator[BadPair]:
+        ledger = self._fleet.ledger
+        for pair in self.pairs:
+            prefill, decode = ledger.account(pair.prefill), ledger.account(pair.decode)
+            left_s = max(0.0, pair.fenced_until_s - now_s)
+            yield BadPair(prefill.worker_id, decode.worker_id, pair.num_failures, left_s)
+
+    def handoff_failed(self, prefill_id: str, decode_id: str, now_s: float) -> None:
+        prefill, decode = self._fleet.get(prefill_id), self._fleet.get(decode_id)
+        if prefill is None or decode is None:
+            return
+        pair = self.pairs.failed(prefill.account.slot, decode.account.slot, now_s)
+        if pair.is_bad:
+            event(logger, "pair fenced", level=logging.WARNING, prefill_worker=prefill_id,
+                  decode_worker=decode_id, num_failures=pair.num_failures, fence_s=FENCE_S)  # fmt: skip
+
+    def handoff_succeeded(self, prefill_id: str, decode_id: str) -> None:
+        prefill, decode = self._fleet.get(prefill_id), self._fleet.get(decode_id)
+        if prefill is not None and decode is not None:
+            self.pairs.succeeded(prefill.account.slot, decode.account.slot)
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────
 
@@ -110,12 +155,15 @@ class Dispatch:
             now_s,
             needs_decode=request.needs_decode,
             is_computed=request.is_recomputed,
+            unwanted=self._slots(request.unwanted_workers) if request.unwanted_workers else NOBODY,
         )
         if chosen is None:
             return None
         way, reason = chosen.way()
         record = self._record(handoff_id, chosen, facts) if self._keeps_records else None
         self._commit(request, handoff_id, chosen, facts, hits)
+        if self.pairs.has_bad and chosen.computing is not None and chosen.decode is not None:
+            self.pairs.chosen(chosen.computing.slot, chosen.decode.slot, now_s)
         self._unlearned = _Lesson(handoff_id, chosen, hits, now_s)
         return Assignment(chosen.computing, chosen.decode, way, reason, record)
 
@@ -148,11 +196,17 @@ class Dispatch:
                 read_all(choice.candidates)
         if chosen.decode_choice is not None:
             left_out |= _left_out(
-                self._fleet.accounts(WorkerRole.DECODE), chosen.decode_choice, partial(lack_of_room, facts)
+                self._fleet.accounts(WorkerRole.DECODE),
+                chosen.decode_choice,
+                chosen.passed_over,
+                partial(lack_of_room, facts),
             )
         if prefill is not None and not chosen.is_colocated:
             left_out |= _left_out(
-                self._fleet.accounts(WorkerRole.PREFILL), prefill.unguarded, lack_of_prefill_room
+                self._fleet.accounts(WorkerRole.PREFILL),
+                prefill.unguarded,
+                chosen.passed_over,
+                lack_of_prefill_room,
             )
         decision = Decision(
             handoff_id=handoff_id,
@@ -175,6 +229,11 @@ class Dispatch:
         else:
             request.hits = self._router.known_hits(request.context())
         return request.hits
+
+    def _slots(self, worker_ids: Iterable[str]) -> frozenset[int]:
+        """Of those that are there."""
+        workers = map(self._fleet.get, worker_ids)
+        return frozenset(worker.account.slot for worker in workers if worker is not None)
 
     def least_service_s(self, request: Request) -> float:
         """From leaving the line to the last token, at the least, as far as the fleet's pace is known."""
@@ -213,6 +272,12 @@ class Dispatch:
         lesson.chosen.learn(self._router, lesson.handoff_id, lesson.hits, lesson.now_s)
 
 
-def _left_out(pool: Pool, choice: Choice, why: Callable[[WorkerAccount], str]) -> dict[str, str]:
+def _left_out(
+    pool: Pool, choice: Choice, passed_over: Mapping[int, str], why: Callable[[WorkerAccount], str]
+) -> dict[str, str]:
     able = set(choice.candidates.slots.tolist())
-    return {account.worker_id: why(account) for account in pool if account.slot not in able}
+    return {
+        account.worker_id: passed_over.get(account.slot) or why(account)
+        for account in pool
+        if account.slot not in able
+    }

@@ -164,6 +164,12 @@ def _add_gauges(metrics: Metrics, core: Core) -> None:
         lambda: core.pace.num_measured,
         label="what",
     )
+    metrics.add_gauge(
+        "baton_pair_handoff_failures",
+        "Hand-offs from a prefill to a decode worker that failed in a row; from 3 on the pair is fenced.",
+        lambda: {f"{p.prefill_worker} > {p.decode_worker}": p.num_failures for p in core.bad_pairs(0.0)},
+        label="pair",
+    )
     metrics.add_gauge("baton_workers", "Registered and taking requests.", workers, label="role")
 
     def preemption() -> dict[str, float]:

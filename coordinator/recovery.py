@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from baton.contract.errors import CannotResume, PhaseTimeout, ServingError, WorkerLost
+from baton.contract.errors import CannotResume, PhaseTimeout, ServingError, TransferFailed, WorkerLost
 from baton.contract.lifecycle import RequestState
 from baton.contract.sampling import SamplingSpec
 from coordinator.request import Request
@@ -82,6 +82,14 @@ def remedy_for(
     if is_handoff and request.needs_decode:  # the last token alone is a prefill worker's job
         return Remedy.RECOMPUTE
     return Remedy.RESUME if has_tokens else Remedy.PREFILL
+
+
+def is_failed_handoff(request: Request, error: ServingError) -> bool:
+    """The KV did not get from the one worker to the other, whoever's fault it is."""
+    if request.kv_source is None or request.prefill_worker is None or request.decode_worker is None:
+        return False
+    is_late = isinstance(error, PhaseTimeout) and request.state is RequestState.HANDING_OFF
+    return is_late or isinstance(error, TransferFailed)
 
 
 def give_back(request: Request, remedy: Remedy, error: ServingError, worker_id: str | None) -> None:

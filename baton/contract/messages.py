@@ -122,6 +122,8 @@ class SequenceDelta(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens the engine had in its own prefix cache; sent with the leg's last delta."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """Of a decode leg that computed the prompt itself and was asked for them; with its first delta."""
+    has_lost_kv: bool = False
+    """The KV it was told to fetch did not arrive in time, it computed the prompt; with its first delta."""
 
 
 class BlocksStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="stored"):

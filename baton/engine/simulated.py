@@ -58,7 +58,15 @@ logger = logging.getLogger(__name__)
 
 
 class _Leg:
-    __slots__ = ("is_deaf", "num_prompt_logprobs", "sequence", "source", "started_s", "token_fault")
+    __slots__ = (
+        "has_lost_kv",
+        "is_deaf",
+        "num_prompt_logprobs",
+        "sequence",
+        "source",
+        "started_s",
+        "token_fault",
+    )
 
     def __init__(self, sequence: SimulatedSequence, started_s: float) -> None:
         self.sequence = sequence
@@ -66,6 +74,8 @@ class _Leg:
         self.num_prompt_logprobs: int | None = None
         """Still to be given."""
         self.source: KvSource | None = None
+        self.has_lost_kv = False
+        """To be told with its first token."""
         self.is_deaf = False
         """By a fault: nothing is ever heard of it again."""
         self.token_fault: Fault | None = None
@@ -374,6 +384,7 @@ class SimulatedEngine:
         if self._destination.is_exposed(handoff_id):
             self._worker.set_aside(handoff_id)
         else:
+            self._legs[handoff_id].has_lost_kv = True
             self._worker.kv_lost(handoff_id)
         self._pace.wake()
 
@@ -402,6 +413,9 @@ class SimulatedEngine:
             delta = sequence.advance()
             if leg.num_prompt_logprobs is not None:
                 delta = msgspec.structs.replace(delta, prompt_logprobs=leg.take_prompt_logprobs())
+            if leg.has_lost_kv:
+                leg.has_lost_kv = False
+                delta = msgspec.structs.replace(delta, has_lost_kv=True)
             if delta.finish_reason is not None:
                 del legs[leg_id]
                 num_cached_tokens = self._end(leg_id, finished.get(leg_id))

@@ -3,22 +3,30 @@
 The whole decision of a coordinator, and of a replay: both ask here, so that what is simulated is
 what is served. Room on the decode worker is found first: KV that nobody can take would fill the
 prefill worker.
+
+Two kinds of workers are no candidates: one that let this request down before, if anybody else has room for
+it, and a prefill worker whose KV does not get to the decode worker (`pair_health`). Where that leaves a
+decode worker without a prefill worker that can begin now, the next best decode worker is asked.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from baton.contract.lifecycle import Way
 from baton.policy.base import Choice, RequestFacts
 from baton.policy.decision import StayOrGo, way_of
 from baton.policy.fleet_pace import FleetPace
 from baton.policy.ledger import WorkerAccount
+from baton.policy.pair_health import PairHealth
 from baton.policy.room import num_blocks_wanted
-from baton.policy.router import KnownHits, PrefillChoice, Router
+from baton.policy.router import NOBODY, KnownHits, PrefillChoice, Router
 from baton.policy.staying import ask, num_bytes_to_move
 
 NEVER = "stay or go is off"
+LET_DOWN = "let this request down before"
+FENCED = "hand-offs between the two fail"
 
 
 @dataclass(slots=True)
@@ -35,6 +43,8 @@ class Chosen:
     """`prefill_choice` is of both phases."""
     stay_or_go: StayOrGo | None = None
     not_asked: str | None = None
+    passed_over: dict[int, str] = field(default_factory=dict)
+    """Slots that were no candidates although they may have had room, and why."""
 
     @property
     def stays(self) -> bool:
@@ -108,6 +118,15 @@ def commit(chosen: Chosen, handoff_id: str, facts: RequestFacts, hits: KnownHits
     return Committed(num_hit_tokens, num_bytes, is_alone)
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    facts: RequestFacts
+    hits: KnownHits | None
+    now_s: float
+    needs_decode: bool
+    is_computed: bool
+
+
 class Chooser:
     def __init__(self, router: Router, pace: FleetPace | None, *, keeps_records: bool = False) -> None:
         """`pace`: what stay-or-go counts with; None: every prompt goes. `keeps_records`: every choice is
@@ -115,6 +134,7 @@ class Chooser:
         self._router = router
         self._pace = pace
         self._keeps_records = keeps_records
+        self.pairs = PairHealth()
 
     def choose(
         self,
@@ -124,38 +144,71 @@ class Chooser:
         *,
         needs_decode: bool = True,
         is_computed: bool = False,
+        unwanted: frozenset[int] = NOBODY,
     ) -> Chosen | None:
         """None: no worker has room. `is_computed`: once before, and its KV is lost; the decode worker
-        computes it again."""
-        router, chosen = self._router, Chosen()
-        if needs_decode and router.is_colocated:
-            chosen.prefill_choice = router.choose_colocated(facts, hits, now_s)
+        computes it again. `unwanted`: slots to take only where nobody else has room."""
+        wanted = _Wanted(facts, hits, now_s, needs_decode, is_computed)
+        chosen = self._choose(wanted, unwanted)
+        return self._choose(wanted, NOBODY) if chosen is None and unwanted else chosen
+
+    def _choose(self, wanted: _Wanted, unwanted: frozenset[int]) -> Chosen | None:
+        router = self._router
+        if wanted.needs_decode and router.is_colocated:
+            chosen = Chosen(is_colocated=True, passed_over=dict.fromkeys(unwanted, LET_DOWN))
+            chosen.prefill_choice = router.choose_colocated(
+                wanted.facts, wanted.hits, wanted.now_s, without=unwanted
+            )
             if chosen.prefill_choice is None:
                 return None
-            chosen.is_colocated = True
             chosen.decode = chosen.prefill_choice.choice.account
-            chosen.prefill = None if is_computed else chosen.decode
+            chosen.prefill = None if wanted.is_computed else chosen.decode
             return chosen
-        if needs_decode:
-            if self._keeps_records:
-                chosen.decode_choice = router.choose_decode(facts, hits, now_s)
-                chosen.decode = None if chosen.decode_choice is None else chosen.decode_choice.account
-            else:
-                chosen.decode = router.place_decode(facts, now_s, hits)
-            if chosen.decode is None:
+        fences = self._fences(wanted.now_s) if self.pairs.has_bad else {}
+        passed_over = dict.fromkeys(unwanted, LET_DOWN)
+        while True:
+            chosen = Chosen(passed_over=dict(passed_over))
+            if wanted.needs_decode and not self._take_decode(chosen, wanted, frozenset(passed_over)):
                 return None
-        if is_computed:
-            return chosen
-        # What a worker cannot start on yet stays here, where it can still go elsewhere.
-        if hits is None and not self._keeps_records:
-            chosen.prefill = router.place_prefill(facts, now_s)
+            if wanted.is_computed:
+                return chosen
+            fenced = NOBODY if chosen.decode is None else fences.get(chosen.decode.slot, NOBODY)
+            chosen.passed_over |= dict.fromkeys(fenced, FENCED)
+            if self._take_prefill(chosen, wanted, unwanted | fenced):
+                return chosen
+            if chosen.decode is None or not fenced:
+                return None
+            passed_over[chosen.decode.slot] = FENCED
+
+    def _fences(self, now_s: float) -> Mapping[int, frozenset[int]]:
+        """Prefill workers that each decode worker gets no KV from; empty where that would leave no pair."""
+        everybody = {account.slot for account in self._router.prefill_pool}
+        fences = {d.slot: self.pairs.fenced_with(d.slot, now_s) for d in self._router.decode_pool}
+        return fences if any(everybody - fenced for fenced in fences.values()) else {}
+
+    def _take_decode(self, chosen: Chosen, wanted: _Wanted, without: frozenset[int]) -> bool:
+        """False: nobody has room."""
+        facts, hits, now_s = wanted.facts, wanted.hits, wanted.now_s
+        if self._keeps_records:
+            chosen.decode_choice = self._router.choose_decode(facts, hits, now_s, without)
+            chosen.decode = None if chosen.decode_choice is None else chosen.decode_choice.account
         else:
-            chosen.prefill_choice = router.choose_prefill(facts, hits, now_s)
+            chosen.decode = self._router.place_decode(facts, now_s, hits, without)
+        return chosen.decode is not None
+
+    def _take_prefill(self, chosen: Chosen, wanted: _Wanted, without: frozenset[int]) -> bool:
+        """False: nobody can start on it, and it does not stay. What a worker cannot start on yet waits in
+        line, where it can still go elsewhere."""
+        facts, hits, now_s = wanted.facts, wanted.hits, wanted.now_s
+        if hits is None and not self._keeps_records:
+            chosen.prefill = self._router.place_prefill(facts, now_s, without)
+        else:
+            chosen.prefill_choice = self._router.choose_prefill(facts, hits, now_s, without)
             if chosen.prefill_choice is not None:
                 chosen.prefill = chosen.prefill_choice.choice.account
         if chosen.decode is not None and chosen.prefill is not chosen.decode:
             self._ask_stay_or_go(chosen, facts, hits)
-        return chosen if chosen.prefill is not None or chosen.stays else None
+        return chosen.prefill is not None or chosen.stays
 
     def _ask_stay_or_go(self, chosen: Chosen, facts: RequestFacts, hits: KnownHits | None) -> None:
         assert chosen.decode is not None

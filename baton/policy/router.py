@@ -21,6 +21,9 @@ from baton.policy.lmetric import LMetric
 from baton.policy.prefix_hash import PromptHashes
 from baton.policy.room import has_room, slots_with_prefill_room, slots_with_room
 
+NOBODY: frozenset[int] = frozenset()
+"""Of ledger slots."""
+
 FEW = 16
 """Workers of a phase up to which they are ranked one by one, where the policy can."""
 
@@ -82,6 +85,10 @@ class Router:
         return self._prefill_pool
 
     @property
+    def decode_pool(self) -> Pool:
+        return self._decode_pool
+
+    @property
     def is_colocated(self) -> bool:
         """There are only workers that serve both phases: no request is ever handed off."""
         return len(self._prefill_pool) == len(self._decode_pool) == len(self._colocated_pool)
@@ -119,10 +126,11 @@ class Router:
         return KnownHits(prompt, blocks)
 
     def choose_prefill(
-        self, facts: RequestFacts, hits: KnownHits | None, now_s: float
+        self, facts: RequestFacts, hits: KnownHits | None, now_s: float, without: frozenset[int] = NOBODY
     ) -> PrefillChoice | None:
-        """None: the pool is empty, or this prompt fits nobody's window."""
-        slots = self._startable(facts, hits, self._prefill_pool)
+        """None: the pool is empty, or this prompt fits nobody's window. `without`: slots of workers that are
+        no candidates, here and below."""
+        slots = _less(self._startable(facts, hits, self._prefill_pool), without)
         return self._choose(self._prefill_policy, self._candidates(facts, slots, hits, now_s), hits)
 
     def _startable(self, facts: RequestFacts, hits: KnownHits | None, pool: Pool) -> Vector:
@@ -154,17 +162,19 @@ class Router:
             policy, self._candidates(candidates.facts, slots, hits, candidates.now_s, candidates.draw)
         )
 
-    def choose_decode(self, facts: RequestFacts, hits: KnownHits | None, now_s: float) -> Choice | None:
+    def choose_decode(
+        self, facts: RequestFacts, hits: KnownHits | None, now_s: float, without: frozenset[int] = NOBODY
+    ) -> Choice | None:
         """None: nobody has room."""
-        slots = slots_with_room(facts, self._ledger, self._decode_pool.slots)
+        slots = slots_with_room(facts, self._ledger, _less(self._decode_pool.slots, without))
         return choose(self._decode_policy, self._candidates(facts, slots, hits, now_s))
 
     def choose_colocated(
-        self, facts: RequestFacts, hits: KnownHits | None, now_s: float
+        self, facts: RequestFacts, hits: KnownHits | None, now_s: float, without: frozenset[int] = NOBODY
     ) -> PrefillChoice | None:
         """One worker for both phases, unless told otherwise by the product, which was made for this:
         decodes running there count in its batch. None: nobody has room for both."""
-        slots = self._startable(facts, hits, self._colocated_pool)
+        slots = _less(self._startable(facts, hits, self._colocated_pool), without)
         slots = slots_with_room(facts, self._ledger, slots)
         return self._choose(self._colocated_policy, self._candidates(facts, slots, hits, now_s), hits)
 
@@ -182,27 +192,35 @@ class Router:
 
     # ── without a record, few workers ────────────────────────────────────────────────────────
 
-    def place_prefill(self, facts: RequestFacts, now_s: float) -> WorkerAccount | None:
+    def place_prefill(
+        self, facts: RequestFacts, now_s: float, without: frozenset[int] = NOBODY
+    ) -> WorkerAccount | None:
         """As `choose_prefill` and `committed` where nothing is known of hits, and without a record.
         Whoever gets an answer uses it: the policy remembers it already."""
         if self._ranks_prefill is not None and len(self._prefill_pool) <= FEW:
             num_tokens = facts.num_prompt_tokens
-            startable = [a for a in self._prefill_pool if a.has_prefill_room(num_tokens)]
+            startable = [
+                a for a in self._prefill_pool if a.has_prefill_room(num_tokens) and a.slot not in without
+            ]
             return self._best(self._ranks_prefill, startable, facts, None)
-        choice = self.choose_prefill(facts, None, now_s)
+        choice = self.choose_prefill(facts, None, now_s, without)
         if choice is None:
             return None
         self._prefill_policy.committed(choice.choice.candidates, choice.choice.position)
         return choice.choice.account
 
     def place_decode(
-        self, facts: RequestFacts, now_s: float, hits: KnownHits | None = None
+        self,
+        facts: RequestFacts,
+        now_s: float,
+        hits: KnownHits | None = None,
+        without: frozenset[int] = NOBODY,
     ) -> WorkerAccount | None:
         """As `choose_decode`, without a record."""
         if self._ranks_decode is not None and len(self._decode_pool) <= FEW:
-            roomy = [a for a in self._decode_pool if has_room(facts, a)]
+            roomy = [a for a in self._decode_pool if has_room(facts, a) and a.slot not in without]
             return self._best(self._ranks_decode, roomy, facts, hits)
-        choice = self.choose_decode(facts, hits, now_s)
+        choice = self.choose_decode(facts, hits, now_s, without)
         return None if choice is None else choice.account
 
     def _best(
@@ -255,6 +273,10 @@ class Router:
     def worker_left(self, slot: int) -> None:
         if self._expectations is not None:
             self._expectations.forget(slot)
+
+
+def _less(slots: Vector, without: frozenset[int]) -> Vector:
+    return slots[~np.isin(slots, list(without))] if without else slots
 
 
 def best_hit_tokens(hits: KnownHits) -> int:

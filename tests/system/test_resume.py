@@ -7,6 +7,7 @@ wrong request changes everything after it.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -21,8 +22,10 @@ from baton.processes import RecordedProcess
 from tests.system.cases import random_prompt
 from tests.system.fleet import Fleet, wait_for
 
-COORDINATOR = ("--heartbeat-timeout-s", "30", "--queue-timeout-s", "30")
-"""Nobody is found to be lost by his silence."""
+COORDINATOR = (
+    "--heartbeat-timeout-s", "30", "--queue-timeout-s", "30", "--prefill-policy", "random",
+)  # fmt: skip
+"""Nobody is found to be lost by his silence; every pair is used."""
 WORKER = ("--max-model-len", "4096", "--num-blocks", "2048", "--simulated-step-s", "0.005")
 
 NUM_TOKENS = 400
@@ -217,3 +220,34 @@ def test_pain_8_a_killed_worker_is_missed_at_once_and_one_on_its_address_serves_
     assert {name for name in boot_ids if now[name]["boot_id"] == boot_ids[name]} == set()  # each once
     assert {name: worker["transfer_endpoint"] for name, worker in now.items()} == address
     fleet.wait_until_idle()
+
+
+def test_pain_9_a_broken_pair_is_fenced_and_the_rest_of_the_fleet_goes_on(fleet: Fleet) -> None:
+    """
+    1. decode-1 gets no KV from prefill-2 any more; each works with the others
+    2. three requests find out, each is answered all the same; nobody else is sent over that pair, although
+       all four workers go on serving
+    3. the metrics name the pair; its end is that of a process: a restart opens it
+    """
+    fleet.kill("decode-1")
+    wait_for("the loss", partial(is_gone, fleet, "decode-1"), 10.0)
+    fleet.start_worker("decode", "decode-1", *WORKER, "--simulated-fault", "transfer:fail:peer=prefill-2")
+    fleet.wait_until_ready()
+    broken = ("prefill-2", "decode-1")
+    numbers = itertools.count(2000)
+
+    def serve() -> tuple[str, str]:
+        answer = fleet.complete(**body(next(numbers), max_tokens=3))
+        assert answer.status == 200
+        return answer.headers["x-baton-prefill-worker"], answer.headers["x-baton-decode-worker"]
+
+    for _ in range(3):
+        wait_for("a request over the broken pair", lambda: serve() == broken, 60.0)
+    pairs = {serve() for _ in range(40)}
+    assert pairs == {(f"prefill-{p}", f"decode-{d}") for p in (1, 2) for d in (1, 2)} - {broken}
+    (bad,) = fleet.snapshot()["bad_pairs"]
+    assert (bad["prefill_worker"], bad["decode_worker"], bad["num_failures"]) == ("prefill-2", "decode-1", 3)
+    assert metric(fleet, 'baton_pair_handoff_failures{pair="prefill-2 > decode-1"}') == 3
+    fleet.kill("decode-1")
+    wait_for("the loss", partial(is_gone, fleet, "decode-1"), 10.0)
+    assert fleet.snapshot()["bad_pairs"] == []
