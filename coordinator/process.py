@@ -101,7 +101,7 @@ async def _live(settings: CoordinatorSettings) -> int:
         tokenizer,
         metrics,
     )
-    door = ZmqDoor(coordinator, FleetPrompts(tokenizer, coordinator), names)
+    door = ZmqDoor(coordinator, FleetPrompts(tokenizer, coordinator), names, metrics.on_refused)
     asked = _signals()
     try:
         fleet = coordinator.start(tcp(settings.host, settings.fleet_port))

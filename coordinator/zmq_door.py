@@ -59,8 +59,16 @@ class PromptEncoder(Protocol):
 
 
 class ZmqDoor:
-    def __init__(self, intake: Intake, encoder: PromptEncoder, served_names: ServedNames) -> None:
+    def __init__(
+        self,
+        intake: Intake,
+        encoder: PromptEncoder,
+        served_names: ServedNames,
+        on_refused: Callable[[str], None] | None = None,
+    ) -> None:
+        """`on_refused(code)`: for each request that was not accepted."""
         self._intake = intake
+        self._on_refused = on_refused
         self._encoder = encoder
         self._served_names = served_names
         self._channel = RouterChannel(self._on_frames)
@@ -84,7 +92,7 @@ class ZmqDoor:
                 raise ProtocolMismatch(f"a message is one frame, got {len(frames)}")
             message = codec.client_messages.decode(frames[0])
         except ProtocolMismatch as error:
-            self._reply(peer, RequestRefused(request_id="", error=error.report()))
+            self._refuse(peer, "", error)
             return
         if isinstance(message, AbortRequest):
             sink = self._requests.get((peer, message.request_id))
@@ -98,7 +106,7 @@ class ZmqDoor:
         try:
             self._check(key, message)
         except ServingError as error:
-            self._reply(peer, RequestRefused(request_id=message.request_id, error=error.report()))
+            self._refuse(peer, message.request_id, error)
             return
         self._num_submitted += 1
         internal_id = f"zmq{self._num_submitted}-{message.request_id}"
@@ -163,6 +171,11 @@ class ZmqDoor:
     def _reply(self, peer: bytes, message: ClientReply) -> bool:
         return self._channel.send(peer, codec.encode(message))
 
+    def _refuse(self, peer: bytes, request_id: str, error: ServingError) -> None:
+        if self._on_refused is not None:
+            self._on_refused(error.code)
+        self._reply(peer, RequestRefused(request_id=request_id, error=error.report()))
+
     def _forget(self, sink: _Sink) -> None:
         self._requests.pop((sink.peer, sink.request_id), None)
 
@@ -204,7 +217,7 @@ class _Sink:
 
     def refuse(self, error: ServingError) -> None:
         self._door._forget(self)
-        self._door._reply(self.peer, RequestRefused(request_id=self.request_id, error=error.report()))
+        self._door._refuse(self.peer, self.request_id, error)
 
     def abort(self) -> None:
         if not self.is_aborted:

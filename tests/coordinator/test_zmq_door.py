@@ -44,6 +44,8 @@ class EchoIntake:
     def __init__(self) -> None:
         self.running: dict[str, ResultSink] = {}
         self.aborted: list[str] = []
+        self.refused: list[str] = []
+        """Codes the door has told of."""
         self.submitted = asyncio.Event()
 
     def submit(self, submission, sink) -> None:
@@ -108,7 +110,7 @@ class Names:
 @contextlib.asynccontextmanager
 async def served() -> AsyncIterator[tuple[EchoIntake, str]]:
     intake = EchoIntake()
-    door = ZmqDoor(intake, WordEncoder(), Names())
+    door = ZmqDoor(intake, WordEncoder(), Names(), intake.refused.append)
     address = door.start("tcp://127.0.0.1:*")
     try:
         yield intake, address.removeprefix("tcp://")
@@ -163,6 +165,7 @@ def test_errors_arrive_with_their_type(prompt, options, error):
     async def scenario(intake, client) -> None:
         with pytest.raises(error):
             await collect(client.submit(prompt, **options))
+        assert intake.refused == ([] if error is WorkerLost else [error.code])
         assert await collect(client.submit([7])) == [7]
 
     run(scenario)

@@ -589,8 +589,8 @@ def test_thousands_of_fuzzed_frames_to_a_worker(fleet: Fleet, role: str, tmp_pat
         assert worker.is_alive()
         assert _resident_bytes(worker.pid) - before_bytes < MAX_GROWTH_BYTES
     finally:
+        coordinator.close()  # it would not tell a leaving worker that it may go
         lonely.stop()
-        coordinator.close()
 
 
 def _is_end_of(handoff_id: str, heard: dict[str, Any]) -> bool:
