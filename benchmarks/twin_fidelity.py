@@ -2,6 +2,7 @@
 
     virtual    `baton.replay` in virtual time beside simulated engines behind the real coordinator, the
                same step times, the same requests: what sockets, timers and the coordinator add
+    slow       the same, all times four times as long: what is left then is not latency of this machine
     vllm       vLLM on CPU, 1P1D, measured before and after conversations on it; then the same on simulated
                engines with the fitted step times, and in a replay with them
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from baton.replay import FleetShape, ReplaySettings, replay
@@ -68,12 +69,13 @@ class Outcome:
 def run(plan: Plan, *, repeats: int | None, rows: Sequence[str] | None) -> Report:
     report = Report("twin")
     parts: dict[str, Callable[[], None]] = {
-        "virtual": lambda: _virtual(report, plan, repeats or plan.repeats)
+        "virtual": lambda: _virtual(report, "virtual", plan, repeats or plan.repeats)
     }
     if plan.has_vllm:
+        parts["slow"] = lambda: _virtual(report, "slow", plan, 1, SLOWER)
         parts["vllm"] = lambda: _vllm(report)
     else:
-        report.remarks.append("vllm: left out of a quick run, it needs real engines.")
+        report.remarks.append("slow, vllm: left out of a quick run; vllm needs real engines.")
     for name, part in parts.items():
         if rows is None or any(name.startswith(row) for row in rows):
             report.busy_before[name] = quiet_check()
@@ -89,18 +91,21 @@ PREFILL = LinearStepTime(base_s=0.01, per_prefill_token_s=1e-4)
 DECODE = LinearStepTime(base_s=0.015, per_decode_s=2e-4, per_context_token_s=1e-7, per_prefill_token_s=1e-4)
 TRANSFER_S = 0.01
 NUM_BLOCKS = 2048
+SLOWER = 4.0
 
 
-def _virtual(report: Report, plan: Plan, repeats: int) -> None:
+def _virtual(report: Report, row: str, plan: Plan, repeats: int, slower: float = 1.0) -> None:
     """4P4D, open loop, about half load, caches that hold a part of the conversations."""
     found: dict[str, list[Outcome]] = {REPLAY: [], SIMULATED: []}
-    with LiveFleet("twin-virtual") as fleet:
+    prefill, decode = (_slower(step_time, slower) for step_time in (PREFILL, DECODE))
+    transfer_s = TRANSFER_S * slower
+    with LiveFleet(f"twin-{row}") as fleet:
         common = ("--engine", "simulated", "--num-blocks", NUM_BLOCKS, "--max-model-len", 16_384,
                   "--max-batch-size", 64, "--max-num-batched-tokens", 2048)  # fmt: skip
-        fleet.start_worker("prefill", "p", *common, "--simulated-step-time", as_text(PREFILL), num_workers=4)
+        fleet.start_worker("prefill", "p", *common, "--simulated-step-time", as_text(prefill), num_workers=4)
         fleet.start_worker(
-            "decode", "d", *common, "--simulated-step-time", as_text(DECODE), "--simulated-transfer-s",
-            TRANSFER_S, num_workers=4,
+            "decode", "d", *common, "--simulated-step-time", as_text(decode), "--simulated-transfer-s",
+            transfer_s, num_workers=4,
         )  # fmt: skip
         for seed in range(repeats):
             # As a replay does, each run starts with a coordinator that has yet to learn the pace.
@@ -116,23 +121,29 @@ def _virtual(report: Report, plan: Plan, repeats: int) -> None:
                 max_model_len=8192,
                 block_size_tokens=BLOCK,
             ).generate(seed=seed)
+            trace = replace(trace, arrival_s=trace.arrival_s * slower)
             found[SIMULATED].append(_observed(play(fleet.address, trace, salt=seed)))
             found[REPLAY].append(
                 _replayed(
                     trace,
                     FleetShape(4, 4),
-                    PREFILL,
-                    DECODE,
-                    KvLink(bytes_per_s=1e12, latency_s=TRANSFER_S),
+                    prefill,
+                    decode,
+                    KvLink(bytes_per_s=1e12, latency_s=transfer_s),
                     max_batch_size=64,
                     is_closed_loop=False,
                 )
             )
-    _compare(report, "virtual", found, REPLAY, VIRTUAL_TOLERANCE_PERCENT)
-    report.figures += _alike(found[REPLAY], found[SIMULATED])
+    _compare(report, row, found, REPLAY, VIRTUAL_TOLERANCE_PERCENT)
+    report.figures += _alike(row, found[REPLAY], found[SIMULATED])
 
 
-def _alike(replayed: Sequence[Outcome], live: Sequence[Outcome]) -> list[Figure]:
+def _slower(step_time: LinearStepTime, factor: float) -> LinearStepTime:
+    terms = ("base_s", "per_prefill_token_s", "per_prefill_pair_s", "per_decode_s", "per_context_token_s")
+    return replace(step_time, **{term: getattr(step_time, term) * factor for term in terms})
+
+
+def _alike(row: str, replayed: Sequence[Outcome], live: Sequence[Outcome]) -> list[Figure]:
     """What is left where both did the same: sockets, timers, and whoever else wanted the processors."""
     shares, lates = [], []
     for virtual, real in zip(replayed, live, strict=True):
@@ -142,9 +153,9 @@ def _alike(replayed: Sequence[Outcome], live: Sequence[Outcome]) -> list[Figure]
         lates.append(median(late))
     subject = f"{SIMULATED} and {REPLAY}"
     return [
-        Figure(row="virtual_alike", subject=subject, unit="%", spread=spread(shares),
+        Figure(row=f"{row}_alike", subject=subject, unit="%", spread=spread(shares),
                note="of requests: as much found cached, by the same kind of worker"),
-        Figure(row="virtual_alike_late", subject=subject, unit="ms", spread=spread(lates),
+        Figure(row=f"{row}_alike_late", subject=subject, unit="ms", spread=spread(lates),
                note="by which the first token of these comes later in real time, median of each run"),
     ]  # fmt: skip
 
