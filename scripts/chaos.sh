@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fleets that are killed while they serve: scripts/chaos.sh simulated | real | soak [--quick] [--save] [--json]
+# Fleets that are killed while they serve: scripts/chaos.sh simulated | storm | real | soak [--quick] [--save] [--json]
 # Needs .venv (scripts/serve.sh or scripts/test.sh makes it). docs/reliability.md tells what is proven.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -16,6 +16,7 @@ from baton.history.records import (
     FleetSnapshot,
     Kill,
     Limits,
+    Pause,
     RunWriter,
     Usage,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "History",
     "Kill",
     "Limits",
+    "Pause",
     "RULES",
     "RunWriter",
     "Usage",

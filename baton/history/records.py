@@ -1,7 +1,7 @@
 """What is written down while a fleet runs: by its clients, and by whoever starts and kills it.
 
     requests.jsonl   one `Ask` per line, written when it is over for its client
-    run.jsonl        `Limits`, `Kill` and `FleetSnapshot`, as they happen
+    run.jsonl        `Limits`, `Kill`, `Pause` and `FleetSnapshot`, as they happen
     *.log            of the fleet's processes, written by themselves
 
 All times are seconds since 1970 on the clock that the logs have too, so that everything sorts together.
@@ -114,6 +114,14 @@ class Kill(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """When its successor had been started."""
 
 
+class Pause(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """SIGSTOP to one process and its engine, and SIGCONT later."""
+
+    at_s: float
+    name: str
+    until_s: float
+
+
 class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """`GET /fleet`."""
 
@@ -123,7 +131,7 @@ class FleetSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Taken when nobody had asked for anything for longer than a lease."""
 
 
-RunRecord = Limits | Kill | FleetSnapshot
+RunRecord = Limits | Kill | Pause | FleetSnapshot
 
 
 class RunWriter:

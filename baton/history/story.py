@@ -13,7 +13,7 @@ import msgspec
 
 from baton.history.log_lines import LogLine, read_log
 from baton.history.reader import BrokenRun, log_files
-from baton.history.records import REQUESTS_FILE, RUN_FILE, Ask, Kill, RunRecord
+from baton.history.records import REQUESTS_FILE, RUN_FILE, Ask, Kill, Pause, RunRecord
 
 MAX_CHUNKS = 6
 """Chunks told one by one; of a longer answer the first and last, and the longest silences."""
@@ -123,16 +123,22 @@ def _around(
             line.process in processes or any(found in workers for found in _WORKER.findall(line.text))
         ):
             yield _Event(line.at_s, line.process, line.text)
+    for done in _done_to_the_fleet(folder):
+        if done.name in workers or done.name == "coordinator":
+            yield _Event(
+                done.at_s, "operator", f"{'kills' if isinstance(done, Kill) else 'stops'} {done.name}"
+            )
+            if isinstance(done, Pause):
+                yield _Event(done.until_s, "operator", f"lets {done.name} go on")
+
+
+def _done_to_the_fleet(folder: Path) -> Iterator[Kill | Pause]:
     path = folder / RUN_FILE
     if path.exists():
         decoder: msgspec.json.Decoder[RunRecord] = msgspec.json.Decoder(RunRecord)
-        for text in path.read_bytes().splitlines():
-            if (
-                b'"Kill"' in text
-                and isinstance(kill := decoder.decode(text), Kill)
-                and (kill.name in workers or kill.name == "coordinator")
-            ):
-                yield _Event(kill.at_s, "operator", f"kills {kill.name}")
+        for line in path.read_bytes().splitlines():
+            if b'"FleetSnapshot"' not in line and isinstance(note := decoder.decode(line), Kill | Pause):
+                yield note
 
 
 def _clock(at_s: float) -> str:

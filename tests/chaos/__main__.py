@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from baton.history import RunWriter
@@ -19,6 +20,7 @@ from benchmarks.fleets import demo_model
 from benchmarks.layout import SCRATCH
 from benchmarks.publish import save, show
 from benchmarks.samples import spread
+from tests.chaos import supervisor
 from tests.chaos.figures import judge, slope_mb_per_min
 from tests.chaos.fleets import (
     NUM_DECODE,
@@ -30,7 +32,7 @@ from tests.chaos.fleets import (
 )
 from tests.chaos.jobs import real_jobs, simulated_jobs
 from tests.chaos.scenario import Load, run
-from tests.chaos.supervisor import in_turn, workers_in_turn
+from tests.chaos.supervisor import in_turn, kills_of, workers_in_turn
 
 EXIT_BAR_MISSED = 4
 NUM_WORKERS = NUM_PREFILL + NUM_DECODE
@@ -94,8 +96,7 @@ def simulated(order: Order) -> Report:
         num_users=num_users,
         load_s=order.load_s or (24.0 if order.is_quick else 300.0),
         ramp_s=2.0 if order.is_quick else 10.0,
-        victims=in_turn(NUM_PREFILL, NUM_DECODE),
-        kill_every_s=5.0 if order.is_quick else 10.0,
+        disturbances=kills_of(in_turn(NUM_PREFILL, NUM_DECODE), every_s=5.0 if order.is_quick else 10.0),
     )
     with RunWriter(order.folder) as writer:
         supervised = start_simulated(order.folder, writer, step_s=step_s, worker=order.worker)
@@ -108,15 +109,13 @@ def simulated(order: Order) -> Report:
 def real(order: Order) -> Report:
     """2P2D of vLLM on CPU, 20 kills, each when the fleet is whole again. Quick: one kill. Few users: engines
     that start need the cores too."""
-    num_kills = 1 if order.is_quick else 20
+    victims = ["decode-1"] if order.is_quick else list(islice(in_turn(NUM_PREFILL, NUM_DECODE), 20))
     load = Load(
         num_users=4,
         think_s=0.5,
         load_s=order.load_s or 1_800.0,
-        victims=["decode-1"] if order.is_quick else in_turn(NUM_PREFILL, NUM_DECODE),
-        kill_every_s=3.0,
+        disturbances=kills_of(victims, every_s=3.0),
         waits_for_recovery=True,
-        num_kills=num_kills,
     )
     with RunWriter(order.folder) as writer:
         supervised = start_real(order.folder, writer, demo_model(), worker=order.worker)
@@ -128,7 +127,24 @@ def real(order: Order) -> Report:
         found = run(supervised, writer, REAL_LIMITS, load, next_job)
     if found.violations:
         print(found.told(order.folder), file=sys.stderr)
-    return judge("real", found, num_workers=NUM_WORKERS, num_kills=num_kills)
+    return judge("real", found, num_workers=NUM_WORKERS, num_kills=len(victims))
+
+
+def storm(order: Order) -> Report:
+    """2P2D, disturbances overlap: two killed at once, one killed before it is back, workers standing still."""
+    load = Load(
+        num_users=150,
+        load_s=order.load_s or (30.0 if order.is_quick else 300.0),
+        ramp_s=2.0,
+        disturbances=supervisor.storm(list(dict.fromkeys(islice(in_turn(NUM_PREFILL, NUM_DECODE), 6)))),
+    )
+    with RunWriter(order.folder) as writer:
+        supervised = start_simulated(order.folder, writer, step_s=0.05, worker=order.worker)
+        jobs = simulated_jobs((4, 40), share_leaving=0.05, share_whole=0.3)
+        found = run(supervised, writer, SIMULATED_LIMITS, load, jobs)
+    if found.violations:
+        print(found.told(order.folder), file=sys.stderr)
+    return judge("storm", found, num_workers=NUM_WORKERS)
 
 
 def soak(order: Order) -> Report:
@@ -138,8 +154,9 @@ def soak(order: Order) -> Report:
         num_users=40,
         load_s=load_s,
         ramp_s=2.0,
-        victims=workers_in_turn(NUM_PREFILL, NUM_DECODE),
-        kill_every_s=8.0 if order.is_quick else 120.0,
+        disturbances=kills_of(
+            workers_in_turn(NUM_PREFILL, NUM_DECODE), every_s=8.0 if order.is_quick else 120.0
+        ),
     )
     with RunWriter(order.folder) as writer:
         supervised = start_simulated(order.folder, writer, step_s=0.05, worker=order.worker)
@@ -166,6 +183,7 @@ def soak(order: Order) -> Report:
 
 SCENARIOS: dict[str, Callable[[Order], Report]] = {
     "simulated": simulated,
+    "storm": storm,
     "real": real,
     "soak": soak,
 }

@@ -1,9 +1,8 @@
-"""One run: a fleet, its users, its killer, then quiet, then the rules. Imported, not collected."""
+"""One run: a fleet, its users, what is done to it, then quiet, then the rules. Imported, not collected."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -26,7 +25,7 @@ from baton.history import (
 from baton.history.checker import longest_silence_s
 from baton.history.history_command import MAX_SHOWN, MAX_STORIES
 from tests.chaos.client import Job
-from tests.chaos.supervisor import Supervised
+from tests.chaos.supervisor import Disturbance, Supervised
 from tests.chaos.users import Done, Users
 from tests.system.fleet import Fleet
 
@@ -44,14 +43,11 @@ class Load:
     ramp_s: float = 0.0
     think_s: float = 0.0
     """A user's pause between an answer and the next job."""
-    victims: Iterable[str] = ()
-    """Who is killed, in this order."""
-    kill_every_s: float = 10.0
+    disturbances: Iterable[Disturbance] = ()
+    """As many of them as the load lasts for."""
     waits_for_recovery: bool = False
-    """The next one is killed only when the whole fleet is back, `kill_every_s` later; for engines that take
-    longer to start than that. The load then ends with the victims, or after `load_s`."""
-    num_kills: int | None = None
-    """None: as many as the load lasts for."""
+    """The time to the next one counts from when the whole fleet is back; for engines that take longer to
+    start. The load then ends with the last of them, or after `load_s`."""
 
 
 @dataclass(slots=True)
@@ -143,28 +139,27 @@ def run(
 
 async def _load(supervised: Supervised, users: Users, watcher: _Watcher, load: Load) -> None:
     end_s = time.monotonic() + load.load_s
-    killing = asyncio.create_task(asyncio.to_thread(_kill, supervised, load, end_s))
+    disturbing = asyncio.create_task(asyncio.to_thread(_disturb, supervised, load, end_s))
     watching = asyncio.create_task(watcher.watch())
 
     def is_over() -> bool:
-        return killing.done() if load.waits_for_recovery else time.monotonic() >= end_s
+        return disturbing.done() if load.waits_for_recovery else time.monotonic() >= end_s
 
     try:
         await users.run(load.num_users, is_over, ramp_s=load.ramp_s, think_s=load.think_s)
-        await killing
+        await disturbing
     finally:
         watching.cancel()
 
 
-def _kill(supervised: Supervised, load: Load, end_s: float) -> None:
-    victims = itertools.islice(load.victims, load.num_kills)
+def _disturb(supervised: Supervised, load: Load, end_s: float) -> None:
     due_s = time.monotonic()
-    for name in victims:
-        due_s += load.kill_every_s
+    for disturbance in load.disturbances:
+        due_s += disturbance.after_s
         if due_s >= end_s:
             return
         time.sleep(max(0.0, due_s - time.monotonic()))
-        supervised.kill_and_restart(name)
+        supervised.disturb(disturbance)
         if load.waits_for_recovery:
             supervised.wait_until_whole()
             due_s = time.monotonic()

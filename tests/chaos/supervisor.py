@@ -1,14 +1,16 @@
-"""Kills the fleet's processes in turn, and starts each again as a supervisor would. Imported, not
-collected."""
+"""What is done to a fleet: processes are killed and started again as a supervisor would, or stand still for a
+while. Imported, not collected."""
 
 from __future__ import annotations
 
 import itertools
+import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
-from baton.history import Kill, RunWriter
+from baton.history import Kill, Pause, RunWriter
 from tests.system.fleet import Fleet, wait_for
 
 RESTART_DELAY_S = 0.25
@@ -56,6 +58,47 @@ class Supervised:
             return False
 
         wait_for("a whole fleet", look, RECOVERY_TIMEOUT_S)
+
+    def pause(self, name: str, pause_s: float) -> None:
+        """Returns when it goes on."""
+        at_s = time.time()
+        self.fleet.pause(name)
+        time.sleep(pause_s)
+        self.fleet.resume(name)
+        self._writer.note(Pause(at_s=at_s, name=name, until_s=time.time()))
+
+    def disturb(self, disturbance: Disturbance) -> None:
+        for name in disturbance.kills:
+            self.kill_and_restart(name)
+        if disturbance.pauses is not None:
+            self.pause(disturbance.pauses, disturbance.pause_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disturbance:
+    after_s: float
+    """Since the one before was due."""
+    kills: Sequence[str] = ()
+    pauses: str | None = None
+    pause_s: float = 0.0
+
+
+def kills_of(names: Iterable[str], every_s: float) -> Iterator[Disturbance]:
+    return (Disturbance(after_s=every_s, kills=[name]) for name in names)
+
+
+def storm(names: Sequence[str], seed: int = 0) -> Iterator[Disturbance]:
+    """Anybody at any time, two at once, some killed again before they are back; workers also stand still for
+    longer than it takes to be given up, and then go on."""
+    dice = random.Random(seed)
+    workers = [name for name in names if name != "coordinator"]
+    while True:
+        after_s = dice.uniform(0.5, 6.0)
+        kind = dice.choice(["kill", "kill two", "pause", "pause"])
+        if kind == "pause":
+            yield Disturbance(after_s=after_s, pauses=dice.choice(workers), pause_s=dice.uniform(0.5, 7.0))
+        else:
+            yield Disturbance(after_s=after_s, kills=dice.sample(names, 2 if kind == "kill two" else 1))
 
 
 def in_turn(num_prefill: int, num_decode: int) -> Iterable[str]:

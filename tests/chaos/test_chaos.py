@@ -11,6 +11,7 @@ from tests.chaos.figures import judge
 from tests.chaos.fleets import SIMULATED_LIMITS, start_simulated
 from tests.chaos.jobs import simulated_jobs
 from tests.chaos.scenario import Load, run
+from tests.chaos.supervisor import kills_of
 
 NUM_USERS = 200
 
@@ -28,8 +29,7 @@ def test_each_role_is_killed_while_hundreds_ask(tmp_path: Path):
         num_users=NUM_USERS,
         load_s=16.0,
         ramp_s=1.0,
-        victims=["prefill-1", "decode-1", "coordinator"],
-        kill_every_s=4.0,
+        disturbances=kills_of(["prefill-1", "decode-1", "coordinator"], every_s=4.0),
     )
     with RunWriter(tmp_path) as writer:
         supervised = start_simulated(tmp_path, writer, step_s=0.05)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.history import BrokenRun, Kill, story
+from baton.history import BrokenRun, Kill, Pause, RunWriter, story
 from baton.history.story_command import main
 from tests.history.recorded import START_S, Log, ask, decode_log, write_run
 
@@ -46,6 +46,14 @@ def test_what_happened_to_its_workers_meanwhile_belongs_to_it(tmp_path: Path):
     told = story(run, "r1")
     assert "kills decode-1" in told and "boot_id=b9" in told
     assert "decode-2" not in told
+
+
+def test_a_worker_that_stood_still_is_told(tmp_path: Path):
+    run = write_run(tmp_path)
+    with RunWriter(run) as writer:
+        writer.note(Pause(at_s=START_S + 5.2, name="decode-1", until_s=START_S + 5.4))
+    told = story(run, "r1")
+    assert told.index("stops decode-1") < told.index("lets decode-1 go on")
 
 
 def test_another_requests_lines_are_not_told(tmp_path: Path):
