@@ -131,7 +131,7 @@ def real(order: Order) -> Report:
 
 
 def storm(order: Order) -> Report:
-    """2P2D, disturbances overlap: two killed at once, one killed before it is back, workers standing still."""
+    """2P2D, disturbances overlap: two killed at once, or again before they are back; workers stand still."""
     load = Load(
         num_users=150,
         load_s=order.load_s or (30.0 if order.is_quick else 300.0),
