@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from baton.contract.errors import (
+    DeadlineUnreachable,
     Draining,
     DuplicateRequest,
     InvalidRequest,
     NoWorkers,
     PromptTooLong,
 )
+from coordinator.deadline import Estimate
 from coordinator.fleet import FleetView
 from coordinator.request import Request
+from coordinator.waiting_line import MAX_RETRY_AFTER_S, WaitingLine
 
 
 def check_acceptable(request: Request, fleet: FleetView, *, is_draining: bool, is_known: bool) -> None:
@@ -44,3 +47,16 @@ def check_acceptable(request: Request, fleet: FleetView, *, is_draining: bool, i
                 f"{num_tokens} in its KV cache",
                 param="prompt",
             )
+
+
+def check_deadline(left_s: float, line: WaitingLine, service_s: float, now_s: float) -> None:
+    """Raises DeadlineUnreachable: what cannot be in time would only take it from others."""
+    estimate = Estimate(line_s=line.wait_s(now_s) or 0.0, service_s=service_s)
+    if estimate.total_s > left_s:
+        late_s = estimate.total_s - left_s
+        raise DeadlineUnreachable(
+            f"the deadline cannot be met: {estimate.sentence(left_s)}",
+            param="service",
+            # With the line gone there would be time enough; otherwise waiting changes nothing.
+            retry_after_s=min(MAX_RETRY_AFTER_S, late_s) if estimate.service_s <= left_s else None,
+        )

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 
 from baton.contract.lifecycle import RequestState
-from baton.contract.messages import AbortLeg, KvSource
+from baton.contract.messages import AbortLeg, KvSource, PrefillFinished, SequenceDelta
 from baton.telemetry import event
 from coordinator.actions import Action, Send
 from coordinator.dispatch import Dispatch
-from coordinator.fleet import FleetView
+from coordinator.fleet import FleetView, Worker
 from coordinator.legs import start_decode, start_prefill, stream_source
 from coordinator.request import Request
 
@@ -88,6 +88,62 @@ class Attempts:
         sent_s = worker.clock_s(now_s) if worker is not None else None
         request.kv_source = kv_source
         return Send(request.decode_worker, start_decode(request, kv_source, sent_s, now_s))
+
+    # ── what its workers say ─────────────────────────────────────────────────────────────────
+
+    def prompt_computed(
+        self, request: Request, worker: Worker, message: PrefillFinished, now_s: float
+    ) -> None:
+        delta = message.delta
+        if delta.num_cached_tokens is not None:
+            num_uncached_tokens = request.num_leg_tokens - delta.num_cached_tokens
+            worker.account.correct(delta.handoff_id, num_uncached_tokens=num_uncached_tokens)
+            if request.is_alone:
+                self._dispatch.pace.prefilled(num_uncached_tokens, delta.num_cached_tokens, message.prefill_s)
+        self._dispatch.prompt_computed(worker, delta.handoff_id, now_s)
+        request.prompt_computed(now_s, delta.num_cached_tokens)
+        request.found_hits(delta.num_cached_tokens)
+        request.prompt_logprobs = message.prompt_logprobs or request.prompt_logprobs
+
+    def first_decoded(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
+        """The decode worker's first word: all before it is over."""
+        if request.state is RequestState.PREFILLING:
+            # Computed here; or streamed, and the prefill worker's own word is still on its way.
+            request.prompt_computed(now_s, delta.num_cached_tokens)
+            request.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
+            worker = self._fleet.get(request.prefill_worker or request.decode_worker or "")
+            if worker is not None:
+                self._dispatch.prompt_computed(worker, request.handoff_id, now_s)
+        elif request.kv_source is None:  # computed a second time
+            request.num_prefilled_tokens += request.num_leg_tokens
+        if request.kv_source is not None:
+            self._handed_over(request, delta, now_s)
+        request.move(RequestState.DECODING, now_s)
+        if request.first_decode_s is None:
+            request.first_decode_s = now_s
+        event(logger, "decoding", request_id=request.request_id, handoff_id=request.handoff_id,
+              decode_worker=request.decode_worker)  # fmt: skip
+        if request.prefill_worker is not None:  # the KV has been read: that worker is done with us
+            self._dispatch.release(request.prefill_worker, request.handoff_id)
+            request.prefill_worker = None
+        request.update_placement()
+
+    def _handed_over(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
+        """Or not: an engine whose policy is to recompute goes on without the KV, and says so."""
+        assert request.kv_source is not None and request.decode_worker is not None
+        source = request.prefill_worker
+        if delta.has_lost_kv:
+            request.num_prefilled_tokens += request.num_leg_tokens
+            if source is not None:
+                self._dispatch.handoff_failed(source, request.decode_worker, now_s)
+            return
+        request.num_bytes_moved += request.kv_source.num_bytes
+        if source is not None:
+            self._dispatch.handoff_succeeded(source, request.decode_worker)
+        if request.prompt_computed_s is not None and not request.is_streamed:
+            self._dispatch.pace.handed_over(request.num_bytes_to_move, now_s - request.prompt_computed_s)
+
+    # ── its end ──────────────────────────────────────────────────────────────────────────────
 
     def complete(self, request: Request) -> list[Action]:
         """The attempt ended well; its workers know, but for one."""

@@ -20,7 +20,6 @@ import msgspec
 from baton.contract.errors import (
     Aborted,
     DeadlineExceeded,
-    DeadlineUnreachable,
     Draining,
     PhaseTimeout,
     QueueFull,
@@ -47,9 +46,8 @@ from baton.policy.ledger import WorkerAccount
 from baton.policy.stay_or_go import Pace
 from baton.telemetry import event
 from coordinator.actions import Action, Deliver, Finish, Send
-from coordinator.admission import check_acceptable
+from coordinator.admission import check_acceptable, check_deadline
 from coordinator.attempts import Attempts
-from coordinator.deadline import Estimate
 from coordinator.dispatch import BadPair, Dispatch
 from coordinator.first_token import is_usable, without_repeated
 from coordinator.fleet import FleetView, Worker
@@ -59,7 +57,7 @@ from coordinator.legs import with_lease_left
 from coordinator.prefixes import FleetPrefixes
 from coordinator.recovery import RecoveryPolicy, give_back, is_failed_handoff, remedy_for, waited_in_vain
 from coordinator.request import Request, final_report
-from coordinator.waiting_line import MAX_RETRY_AFTER_S, WaitingLine
+from coordinator.waiting_line import WaitingLine
 
 logger = logging.getLogger("baton.coordinator")
 
@@ -178,7 +176,9 @@ class Core:
                 f"{len(self._line)} requests are queued, the limit is {self._settings.max_queued}",
                 retry_after_s=self._line.retry_after_s(now_s),
             )
-        self._check_deadline(request, now_s)
+        if request.deadline_s is not None:
+            service_s = self._dispatch.least_service_s(request)
+            check_deadline(request.deadline_s - now_s, self._line, service_s, now_s)
         self._requests[request.request_id] = request
         self._line.join(request)
         event(
@@ -186,23 +186,6 @@ class Core:
             num_prompt_tokens=request.num_prompt_tokens, max_tokens=submission.sampling.max_tokens,
         )  # fmt: skip
         return self._pump(now_s)
-
-    def _check_deadline(self, request: Request, now_s: float) -> None:
-        """Raises DeadlineUnreachable: what cannot be in time would only take it from others."""
-        if request.deadline_s is None:
-            return
-        left_s = request.deadline_s - now_s
-        estimate = Estimate(
-            line_s=self._line.wait_s(now_s) or 0.0, service_s=self._dispatch.least_service_s(request)
-        )
-        if estimate.total_s > left_s:
-            late_s = estimate.total_s - left_s
-            raise DeadlineUnreachable(
-                f"the deadline cannot be met: {estimate.sentence(left_s)}",
-                param="service",
-                # With the line gone there would be time enough; otherwise waiting changes nothing.
-                retry_after_s=min(MAX_RETRY_AFTER_S, late_s) if estimate.service_s <= left_s else None,
-            )
 
     def abort(self, request_id: str, now_s: float) -> list[Action]:
         request = self._requests.get(request_id)
@@ -266,15 +249,7 @@ class Core:
             # Nobody will fetch this KV: let the worker free it now instead of at the lease's end.
             self.num_discarded_tokens += len(delta.token_ids)
             return [Send(worker.worker_id, AbortLeg(handoff_id=delta.handoff_id))]
-        if delta.num_cached_tokens is not None:
-            num_uncached_tokens = request.num_leg_tokens - delta.num_cached_tokens
-            worker.account.correct(delta.handoff_id, num_uncached_tokens=num_uncached_tokens)
-            if request.is_alone:
-                self.pace.prefilled(num_uncached_tokens, delta.num_cached_tokens, message.prefill_s)
-        self._dispatch.prompt_computed(worker, delta.handoff_id, now_s)
-        request.prompt_computed(now_s, delta.num_cached_tokens)
-        request.found_hits(delta.num_cached_tokens)
-        request.prompt_logprobs = message.prompt_logprobs or request.prompt_logprobs
+        self._attempts.prompt_computed(request, worker, message, now_s)
         is_last = delta.finish_reason is not None or not request.needs_decode
         if request.next_token_by is WorkerRole.PREFILL and not (is_last or is_usable(delta)):
             request.choose_next_token(WorkerRole.DECODE, "partial character")
@@ -326,7 +301,7 @@ class Core:
                     continue
                 delta = rest
             if request.state is not RequestState.DECODING:
-                self._first_decode_delta(request, delta, now_s)
+                self._attempts.first_decoded(request, delta, now_s)
             num_tokens = len(delta.token_ids)
             request.output_token_ids.extend(delta.token_ids)
             request.progress_s = now_s
@@ -435,43 +410,6 @@ class Core:
             f"the deadline passed in line: {waited_s:.3g} s waited{more}", phase=request.state.value
         )
         return self._finish(request, Outcome.EXPIRED, now_s, error=error)
-
-    def _first_decode_delta(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
-        if request.state is RequestState.PREFILLING:
-            # Computed here; or streamed, and the prefill worker's own word is still on its way.
-            request.prompt_computed(now_s, delta.num_cached_tokens)
-            request.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
-            worker = self.fleet.get(request.prefill_worker or request.decode_worker or "")
-            if worker is not None:
-                self._dispatch.prompt_computed(worker, request.handoff_id, now_s)
-        elif request.kv_source is None:  # computed a second time
-            request.num_prefilled_tokens += request.num_leg_tokens
-        if request.kv_source is not None:
-            self._handed_over(request, delta, now_s)
-        request.move(RequestState.DECODING, now_s)
-        if request.first_decode_s is None:
-            request.first_decode_s = now_s
-        event(logger, "decoding", request_id=request.request_id, handoff_id=request.handoff_id,
-              decode_worker=request.decode_worker)  # fmt: skip
-        if request.prefill_worker is not None:  # the KV has been read: that worker is done with us
-            self._dispatch.release(request.prefill_worker, request.handoff_id)
-            request.prefill_worker = None
-        request.update_placement()
-
-    def _handed_over(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
-        """Or not: an engine whose policy is to recompute goes on without the KV, and says so."""
-        assert request.kv_source is not None and request.decode_worker is not None
-        source = request.prefill_worker
-        if delta.has_lost_kv:
-            request.num_prefilled_tokens += request.num_leg_tokens
-            if source is not None:
-                self._dispatch.handoff_failed(source, request.decode_worker, now_s)
-            return
-        request.num_bytes_moved += request.kv_source.num_bytes
-        if source is not None:
-            self._dispatch.handoff_succeeded(source, request.decode_worker)
-        if request.prompt_computed_s is not None and not request.is_streamed:
-            self.pace.handed_over(request.num_bytes_to_move, now_s - request.prompt_computed_s)
 
     # ── endings ──────────────────────────────────────────────────────────────────────────────
 

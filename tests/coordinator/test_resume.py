@@ -371,3 +371,44 @@ def test_many_lost_at_once_keep_their_order(make_bench):
     lose(bench, "d0")
     bench.add("d0", D, boot_id="new")
     assert [start.request_id for _, start in bench.take(StartPrefill)] == ["a", "b", "c"]
+
+
+# ── one leg fails: the other is told in the same breath ──────────────────────────────────────
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["read", "streamed"])
+@pytest.mark.parametrize("failing", ["p0", "d0"])
+def test_a_leg_that_fails_ends_the_other_in_the_same_breath(make_bench, failing, is_streamed):
+    """Where both have work: while KV is read, or from the first moment of a stream on."""
+    streams = STREAMS if is_streamed else {}
+    bench = make_bench()
+    bench.add("p0", P, **streams)
+    bench.add("d0", D, **streams)
+    bench.submit("r")
+    ((_, prefill),) = bench.take(StartPrefill)
+    if not is_streamed:
+        bench.finish_prefill("p0", prefill.handoff_id)
+    bench.take(StartDecode)
+    bench.fail(failing, prefill.handoff_id)
+    other = {"p0": "d0", "d0": "p0"}[failing]
+    assert (other, AbortLeg(handoff_id=prefill.handoff_id)) in bench.take(AbortLeg)
+
+
+def test_a_reservation_whose_source_is_not_heard_of_holds_no_request(make_bench):
+    """
+    1. the prompt is computed, its last blocks never arrive: the decode worker may not free what it reserved
+       before its source is proven dead, which may be never
+    2. the request waits for the hand-off's time only: both are told to stop, the prompt is computed anew
+    """
+    bench = make_bench(handoff_timeout_s=20.0)
+    bench.add("p0", P, **STREAMS)
+    bench.add("d0", D, **STREAMS)
+    sink, handoff_id = bench.prefilled("r")
+    bench.take(StartDecode)
+    bench.perform(bench.core.tick(20.1))
+    assert sorted(worker_id for worker_id, _ in bench.take(AbortLeg)) == ["d0", "p0"]
+    ((worker_id, decode),) = bench.take(StartDecode)
+    assert decode.kv_source is None and decode.handoff_id != handoff_id
+    bench.step(worker_id, decode.handoff_id, 5, finish="stop")
+    assert sink.reports[0].outcome is Outcome.COMPLETED
+    bench.assert_nothing_is_held()
