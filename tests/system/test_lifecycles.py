@@ -20,7 +20,7 @@ from baton.client import BatonClient
 from baton.contract.errors import CoordinatorLost
 from baton.processes import RecordedProcess
 from tests.system.cases import random_prompt
-from tests.system.fleet import Answer, Fleet, elapsed, wait_for
+from tests.system.fleet import Answer, Fleet, wait_for
 
 JOIN_TO_FIRST_REQUEST_S = 5.0
 RESTART_TO_SERVICE_S = 10.0
@@ -147,46 +147,47 @@ def test_a_prefill_worker_that_leaves_stays_until_its_kv_is_read_and_goes_at_the
     tmp_path: Any,
 ) -> None:
     """
-    1. a transfer takes a second and a half; its prefill worker is asked to leave meanwhile: it takes no
-       new prompt, and stays until the KV has been read; the request is answered at its first attempt
-    2. another one is asked twice: it leaves at once, and the request is computed again elsewhere
+    1. a transfer takes three seconds; its prefill worker is asked to leave meanwhile: it takes no new
+       prompt, and stays until the KV has been read; the request is answered at its first attempt
+    2. another one is asked twice: it leaves at once, and the request is answered all the same
     """
     fleet = Fleet(tmp_path, engine="simulated")
-    fleet.start_coordinator(*COORDINATOR, "--no-join-test")
-    fleet.start_worker("prefill", "prefill-1", *PREFILL)
-    fleet.start_worker("decode", "decode-1", *WORKER, "--simulated-transfer-s", "1.5")
+    fleet.start_coordinator("--heartbeat-timeout-s", "3", "--no-join-test")
+    fleet.start_worker("prefill", "prefill-1", *WORKER)
+    fleet.start_worker("decode", "decode-1", *WORKER, "--simulated-transfer-s", "3")
     answers: list[Answer] = []
 
-    def ask_one() -> threading.Thread:
+    def ask_one(number: int) -> threading.Thread:
+        """Returns while its KV moves."""
+        prompt = random_prompt(200, number)
         asking = threading.Thread(
-            target=lambda: answers.append(
-                fleet.complete(random_prompt(200, len(answers)), max_tokens=8, ignore_eos=True)
-            )
+            target=lambda: answers.append(fleet.complete(prompt, max_tokens=8, ignore_eos=True))
         )
         asking.start()
-        wait_for("KV in transfer", lambda: "handoff" in _story(fleet), 10.0)
+        decode = fleet.members["decode-1"]
+        wait_for("its decode leg", lambda: decode.log_text().count(" leg started ") == number, 30.0)
         return asking
 
     try:
         fleet.wait_until_ready()
         for number, (how_often, status) in enumerate([(1, 0), (2, 128 + signal.SIGTERM)], 1):
-            asking = ask_one()
+            asking = ask_one(number)
             leaving = fleet.members.pop(f"prefill-{number}")
             fleet.ended.append(leaving)
             leaving.terminate()
-            wait_for("its word", partial(_is_leaving, fleet, f"prefill-{number}"), 5.0)
+            wait_for("its word", partial(_says, leaving, " drain started "), 5.0)
             if how_often == 2:
                 leaving.terminate()
-            else:
-                wait_for("half of the transfer", elapsed(0.5), 5.0)
-                assert leaving.is_alive()
-            assert processes.wait_for_exit([leaving], 10.0)
+            assert processes.wait_for_exit([leaving], 20.0)
             assert leaving.exit_status() == status
-            fleet.start_worker("prefill", f"prefill-{number + 1}", *PREFILL)
+            fleet.start_worker("prefill", f"prefill-{number + 1}", *WORKER)
             asking.join()
-            fleet.wait_until_ready()
+            wait_for("the next one", fleet.is_ready, 60.0)
         assert [answer.status for answer in answers] == [200, 200]
         assert answers[0].headers["x-baton-attempts"] == "1"
+        first, second = fleet.ended
+        assert _when(fleet.members["coordinator"], " decoding ") <= _when(first, " worker stopped ")
+        assert " worker stopped " not in second.log_text()
     finally:
         fleet.stop()
 
@@ -195,13 +196,13 @@ def _says(member: RecordedProcess, words: str) -> bool:
     return words in member.log_text()
 
 
+def _when(member: RecordedProcess, words: str) -> str:
+    """The time of the first line that says so; all processes have one clock."""
+    return next(line[:23] for line in member.log_text().splitlines() if words in line)
+
+
 def _is_gone(fleet: Fleet, name: str) -> bool:
     return name not in fleet.workers()
-
-
-def _is_leaving(fleet: Fleet, name: str) -> bool:
-    worker = fleet.workers().get(name)
-    return worker is None or bool(worker["is_leaving"])
 
 
 def _story(fleet: Fleet) -> str:
