@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from enum import Enum
 
 import msgspec
@@ -109,6 +109,14 @@ class _Trial:
         return Request(submission, _NoSink(), now_s)
 
     @property
+    def leg_ids(self) -> tuple[str, str]:
+        return self.request.request_id, self.alone_request.request_id
+
+    @property
+    def worker_ids(self) -> tuple[str, str]:
+        return self.prefill.worker_id, self.decode.worker_id
+
+    @property
     def on_trial(self) -> list[Worker]:
         return [worker for worker in (self.prefill, self.decode) if worker.is_on_trial]
 
@@ -161,9 +169,9 @@ class _Trial:
 
     def stop(self) -> list[Action]:
         """Take back what may still be going on."""
-        ids = (self.request.request_id, self.alone_request.request_id)
-        workers = (self.prefill.worker_id, self.decode.worker_id)
-        return [Send(worker_id, AbortLeg(handoff_id=id_)) for id_ in ids for worker_id in workers]
+        return [
+            Send(name, AbortLeg(handoff_id=leg_id)) for leg_id in self.leg_ids for name in self.worker_ids
+        ]
 
 
 class JoinTests:
@@ -175,6 +183,8 @@ class JoinTests:
         self._num_trials = 0
         self._trials: dict[str, _Trial] = {}
         """By the ids of their legs."""
+        self._num_tests: Counter[str] = Counter()
+        """Going on, by worker id."""
         self._passed: OrderedDict[str, None] = OrderedDict()
         """Boot ids."""
 
@@ -202,34 +212,47 @@ class JoinTests:
 
     def _match(self, now_s: float) -> list[Action]:
         """Give everybody on trial a counterpart, if there is one."""
+        waiting = [worker for worker in self._fleet if self._waits(worker)]
+        if not waiting:
+            return []
         actions: list[Action] = []
-        for worker in self._fleet:
-            if worker.is_on_trial and worker.can_be_used:
-                actions += self._begin(worker, now_s)
+        free = [worker for worker in self._fleet if self._has_time_for_a_test(worker)]
+        for worker in waiting:
+            if self._waits(worker):  # nobody before it has chosen it
+                actions += self._begin(worker, free, now_s)
         return actions
 
-    def _begin(self, worker: Worker, now_s: float) -> list[Action]:
-        if self._num_tests_of(worker):
-            return []
-        others = [other for other in self._fleet if other.can_be_used and _complement(other, worker)]
-        if not others and worker.role is WorkerRole.BOTH:
-            self._fleet.let_in(worker)  # nothing is handed over where every worker serves both phases
-        free = [other for other in others if self._has_time_for_a_test(other)]
+    def _begin(self, worker: Worker, candidates: list[Worker], now_s: float) -> list[Action]:
+        free = [
+            other for other in candidates if _complement(other, worker) and self._has_time_for_a_test(other)
+        ]
         if not free:
+            if worker.role is WorkerRole.BOTH and not any(
+                _complement(other, worker) for other in self._fleet
+            ):
+                self._fleet.let_in(worker)  # nothing is handed over where every worker serves both phases
             return []
-        other = min(free, key=lambda candidate: (candidate.is_on_trial, self._num_tests_of(candidate)))
+        other = min(free, key=lambda candidate: (candidate.is_on_trial, self._num_tests[candidate.worker_id]))
         is_source = worker.role is WorkerRole.PREFILL or other.role is WorkerRole.DECODE
         self._num_trials += 1
         pair = (worker, other) if is_source else (other, worker)
         trial = _Trial(f"{self._boot_id}-{self._num_trials}", *pair, now_s)
-        self._trials[trial.request.request_id] = self._trials[trial.alone_request.request_id] = trial
+        for leg_id in trial.leg_ids:
+            self._trials[leg_id] = trial
+        self._num_tests.update(trial.worker_ids)
         return trial.begin(now_s)
 
-    def _has_time_for_a_test(self, worker: Worker) -> bool:
-        return self._num_tests_of(worker) < (1 if worker.is_on_trial else MAX_AT_ONCE)
+    def _waits(self, worker: Worker) -> bool:
+        return worker.is_on_trial and worker.can_be_used and not self._num_tests[worker.worker_id]
 
-    def _num_tests_of(self, worker: Worker) -> int:
-        return sum(worker in (trial.prefill, trial.decode) for trial in self._all())
+    def _has_time_for_a_test(self, worker: Worker) -> bool:
+        most = 1 if worker.is_on_trial else MAX_AT_ONCE
+        return worker.can_be_used and self._num_tests[worker.worker_id] < most
+
+    def _forget(self, trial: _Trial) -> None:
+        for leg_id in trial.leg_ids:
+            del self._trials[leg_id]
+        self._num_tests -= Counter(trial.worker_ids)
 
     def _all(self) -> list[_Trial]:
         return list(dict.fromkeys(self._trials.values()))
@@ -296,10 +319,6 @@ class JoinTests:
               reason=error.message)  # fmt: skip
         self._fleet.refused(newcomer.registration, error.message)
         return [Send(newcomer.worker_id, WorkerRefused(error=error.report()))]
-
-    def _forget(self, trial: _Trial) -> None:
-        for request in (trial.request, trial.alone_request):
-            del self._trials[request.request_id]
 
 
 def _complement(one: Worker, other: Worker) -> bool:
