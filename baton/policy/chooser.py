@@ -118,7 +118,7 @@ def commit(chosen: Chosen, handoff_id: str, facts: RequestFacts, hits: KnownHits
     return Committed(num_hit_tokens, num_bytes, is_alone)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take three times as long to make, and each request makes one
 class _Wanted:
     facts: RequestFacts
     hits: KnownHits | None

@@ -16,6 +16,8 @@ from baton.contract.tokens import pack_token_ids, unpack_token_ids
 from baton.worker.kv_journal import KvJournal
 from tests.policy.engine_model import EngineModel
 
+NUM_SEEDS = 60
+
 P, D = WorkerRole.PREFILL, WorkerRole.DECODE
 
 
@@ -121,10 +123,10 @@ def num_resumes():
     """Of all runs; that none would be resumed would be a test of nothing."""
     counts: list[int] = []
     yield counts
-    assert sum(counts) > len(counts)
+    assert sum(counts) > len(counts) or len(counts) < NUM_SEEDS
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
 def test_every_request_ends_once_and_nothing_stays_reserved(make_bench, num_resumes, seed):
     rng = random.Random(seed)
     bench = make_bench(max_queued=20)
