@@ -1,6 +1,7 @@
 """Random schedules: whatever happens, each request ends once, its client has every token of an unbroken run
 exactly once, and the ledger returns to zero. With workers that publish KV events over a wire that loses,
-doubles and delays them, and engines whose hits are not what was predicted."""
+doubles and delays them, engines whose hits are not what was predicted, deadlines that pass, and workers that
+leave."""
 
 from __future__ import annotations
 
@@ -11,7 +12,15 @@ import pytest
 
 from baton.contract.errors import ServingError
 from baton.contract.lifecycle import WorkerRole
-from baton.contract.messages import AskKvReplay, KvEvents, StartDecode, StartPrefill, WorkerLoad
+from baton.contract.messages import (
+    AskKvReplay,
+    KvEvents,
+    NoMoreLegs,
+    StartDecode,
+    StartPrefill,
+    WorkerLoad,
+)
+from baton.contract.sampling import ServiceWish
 from baton.contract.tokens import pack_token_ids, unpack_token_ids
 from baton.worker.kv_journal import KvJournal
 from tests.policy.engine_model import EngineModel
@@ -71,9 +80,11 @@ def _events(bench, rng, live, names, publishers, generated):
     engine has added to each leg."""
     choice = rng.random()
     if choice < 0.3:
+        wish = rng.choice([None, None, None, ServiceWish(deadline_s=rng.choice([0.05, 30.0]))])
         try:
             bench.submit(next(names), num_prompt_tokens=rng.randint(1, 60), max_tokens=rng.randint(1, 40),
-                         seed=rng.choice([None, None, 1]))  # fmt: skip
+                         seed=rng.choice([None, None, 1]),
+                         service=wish)  # fmt: skip
         except ServingError:
             pass
     elif choice < 0.7 and live:
@@ -106,6 +117,10 @@ def _events(bench, rng, live, names, publishers, generated):
             bench.fail(worker, message.handoff_id, rng.choice(["engine_failed", "invalid_request"]))
     elif choice < 0.92 and bench.sinks:
         bench.perform(bench.core.abort(rng.choice(list(bench.sinks)), bench.now_s))
+    elif choice < 0.93:
+        worker = bench.worker(rng.choice(["p1", "d1"]))
+        if worker is not None:
+            bench.perform(bench.core.worker_leaving(worker))
     elif choice < 0.96:
         worker = rng.choice(["p0", "p1", "d0", "d1"])
         bench.perform(bench.core.worker_lost(worker, "chaos", bench.now_s))
@@ -138,6 +153,7 @@ def test_every_request_ends_once_and_nothing_stays_reserved(make_bench, num_resu
     names = (f"r{i}" for i in range(10_000))
     live: list = []
     generated: dict[str, list[int]] = {}
+    dismissed = set()
     num_hits = 0
     for _ in range(400):
         _events(bench, rng, live, names, publishers, generated)
@@ -151,6 +167,11 @@ def test_every_request_ends_once_and_nothing_stays_reserved(make_bench, num_resu
             assert account.num_queued_tokens >= 0 and account.num_reserved_blocks >= 0
             if worker.role is D:
                 assert account.num_reserved_blocks <= 12  # never promised twice
+        for worker_id, _ in bench.take(NoMoreLegs):  # nothing is planned with who was told so, ever
+            assert bench.worker(worker_id).is_leaving
+            dismissed.add(bench.worker(worker_id))
+        for worker in dismissed:
+            assert worker.account.num_legs == 0
     assert num_hits > 0
     bench.perform(bench.core.abort_all("end of the test", bench.now_s))
     for request_id, sink in bench.sinks.items():
