@@ -65,8 +65,10 @@ class RecordedProcess:
 
     def exit_status(self) -> int | None:
         """Of a dead child of this process: exit code, or minus the signal. None if not known."""
+        # Dead by its first thread may be a moment before the kernel has ended the others and tells.
+        patience = os.WNOHANG if self.is_alive() else 0
         try:
-            result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | patience)
         except ChildProcessError:
             return None
         if result is None:

@@ -95,6 +95,21 @@ def test_the_first_death_is_reported_with_its_status(start: Start):
     assert dying.exit_status() == 3
 
 
+LAST_THREAD_STAYS = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(1.0,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_the_status_of_a_process_whose_threads_are_still_ending(start: Start):
+    """Its first thread is gone and so it is dead to everybody, but there is nothing to collect yet."""
+    dying = start(LAST_THREAD_STAYS)
+    while dying.is_alive():
+        time.sleep(0.01)
+    assert dying.exit_status() == 0
+
+
 def test_a_wakeup_ends_the_wait(start: Start):
     process = say_hello(start(SLEEP))
     read, write = os.pipe()
