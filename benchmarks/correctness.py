@@ -6,6 +6,8 @@ Rows:
                 connector by each way and policy, and vLLM's own beside it (`late_read.py`)
     golden      golden prompts between thousands of others, through a whole fleet (`cross_talk.py`)
     canary      prompts with canaries, all at once, through a whole fleet
+    digest      signed KV: unique prompts at once without a false alarm, and planted corruptions caught
+    faults      every sixteenth transfer goes wrong; both in `transfer_faults.py`
 
 Counts, not times: a busy machine does not change what is right. "Different" is an answer that came
 without an error and is not the one of an engine alone, which is greedy in float32.
@@ -19,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from baton.contract.sampling import SamplingSpec
-from benchmarks import cross_talk, late_read
+from benchmarks import cross_talk, late_read, transfer_faults
 from benchmarks.cpu_time import quiet_check
 from benchmarks.cross_talk import Question
 from benchmarks.figures import Bar, Figure, Report
@@ -51,24 +53,38 @@ class Plan:
     num_canaries: int
     transfers: tuple[late_read.Way, ...]
     """Of the fleets."""
+    num_unique: int
+    """Signed prompts at once."""
+    num_planted: int
+    """Corruptions of each kind and way."""
+    num_faulty: int
+    """Requests of each way and policy, while transfers fail."""
 
 
 FULL = Plan(
     num_late_reads=500, has_peers=True, num_golden=50, num_requests=2000, num_canaries=240,
-    transfers=("pull", "stream"),
+    transfers=("pull", "stream"), num_unique=240, num_planted=50, num_faulty=240,
 )  # fmt: skip
 QUICK = Plan(
     num_late_reads=24, has_peers=False, num_golden=5, num_requests=50, num_canaries=24,
-    transfers=("stream",),
+    transfers=("stream",), num_unique=0, num_planted=0, num_faulty=0,
 )  # fmt: skip
 
-ROWS = ("late_read", "golden", "canary")
+ROWS = ("late_read", "golden", "canary", "digest", "faults")
 
 
 def run(plan: Plan, *, rows: Sequence[str] | None) -> Report:
     report = Report("correctness")
-    chosen = [row for row in ROWS if rows is None or row.startswith(tuple(rows))]
+    chosen = {row for row in ROWS if rows is None or row.startswith(tuple(rows))}
     report.busy_before["all"] = quiet_check()
+    if chosen & {"late_read", "golden", "canary"}:
+        _compare_answers(report, plan, chosen)
+    if plan.num_faulty:
+        _judge_faulty_transfers(report, plan, chosen)
+    return report
+
+
+def _compare_answers(report: Report, plan: Plan, chosen: set[str]) -> None:
     golden = cross_talk.golden_questions(plan.num_golden) if "golden" in chosen else []
     canaries = cross_talk.canary_questions(plan.num_canaries) if "canary" in chosen else []
     pair = late_read.start_pair(demo_model(), transfer="stream")
@@ -81,16 +97,36 @@ def run(plan: Plan, *, rows: Sequence[str] | None) -> Report:
                 _judge_late_reads(report, pair, f"{way}, fail", way, prompts, right)
     finally:
         pair.close()
-    if "late_read" in chosen and plan.has_peers:
-        _late_reads_of_others(report, prompts, right)
+    if "late_read" in chosen:
+        if plan.has_peers:
+            _late_reads_of_others(report, prompts, right)
+        report.remarks.append(
+            f"late_read: leases of {late_read.LEASE_S} s, asked for up to {late_read.LONGEST_DELAY_S:g} s "
+            f"late, {late_read.POOL_BLOCKS} blocks on the prefill engine, {late_read.CONCURRENCY} at once."
+        )
     if golden or canaries:
         for transfer in plan.transfers:
             _judge_fleet(report, plan, transfer, golden, canaries, expected)
+
+
+def _judge_faulty_transfers(report: Report, plan: Plan, chosen: set[str]) -> None:
+    if not chosen & {"digest", "faults"}:
+        return
+    for policy in ("fail", "recompute"):
+        pair = transfer_faults.start_pair(demo_model(), policy)
+        try:
+            if "digest" in chosen and policy == "fail":
+                transfer_faults.judge_digest(report, pair, plan.num_unique, plan.num_planted)
+            if "faults" in chosen:
+                transfer_faults.judge_faults(report, pair, policy, plan.num_faulty)
+        finally:
+            pair.close()
+    if "digest" in chosen:
+        transfer_faults.judge_rate(report)
     report.remarks.append(
-        f"late_read: leases of {late_read.LEASE_S} s, asked for up to {late_read.LONGEST_DELAY_S:g} s late, "
-        f"{late_read.POOL_BLOCKS} blocks on the prefill engine, {late_read.CONCURRENCY} at once."
+        "faults: every sixteenth transfer is, in turn, refused, failed after its bytes have moved, stuck "
+        "for ever, or told late."
     )
-    return report
 
 
 # ── late reads ───────────────────────────────────────────────────────────────────────────────

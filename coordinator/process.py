@@ -172,6 +172,21 @@ def _add_gauges(metrics: Metrics, core: Core) -> None:
     )
     metrics.add_gauge("baton_workers", "Registered and taking requests.", workers, label="role")
 
+    def transfers() -> dict[str, float]:
+        loads = [worker.account.load for worker in core.fleet]
+        return {
+            "done": sum(load.num_kv_transfers for load in loads),
+            "failed": sum(load.num_kv_transfer_failures for load in loads),
+            "digest_mismatch": sum(load.num_kv_digest_mismatches for load in loads),
+        }
+
+    metrics.add_gauge(
+        "baton_kv_transfers",
+        "KV transfers of the workers present; a mismatch is a failure whose KV was not what was signed.",
+        transfers,
+        label="what",
+    )
+
     def preemption() -> dict[str, float]:
         totals: dict[str, float] = {}
         for worker in core.fleet:

@@ -50,3 +50,20 @@ def test_the_whole_doctor_runs_on_this_installation():
     findings = {finding["check"]: finding for finding in json.loads(result.stdout)}
     for check in ("python", "packages", "vllm", "torch", "engine", "transfer"):
         assert findings[check]["is_ok"], findings[check]
+
+
+def test_a_transport_that_was_forced_is_named_and_a_floor_refuses_it():
+    """
+    1. left alone, and forced to sockets, as happens unnoticed between containers: both move all bytes
+    2. the two reports name different transports, and a floor above what sockets move is a problem
+    """
+    chosen, forced = probe(UCX_PROTO_INFO="y"), probe(UCX_PROTO_INFO="y", UCX_TLS="tcp")
+    assert transport(chosen.stdout) != transport(forced.stdout)
+    assert "tcp" in str(transport(forced.stdout))
+    report = probe_report(forced.stdout)
+    assert report is not None
+    mb_per_s = float(report["mb_per_s"])
+    assert check_transfer(forced, 0.9 * mb_per_s).is_ok
+    refused = check_transfer(forced, 1.1 * mb_per_s)
+    assert not refused.is_ok
+    assert "tcp" in refused.sentence and "below" in refused.sentence

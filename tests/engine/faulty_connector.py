@@ -1,6 +1,6 @@
 """The streaming connector with faults on demand, by the hand-off's name. vLLM loads it in its engines.
 
-`wrong-…`  the first write, or the read, takes its first block from a wrong place (the block after it)
+`wrong-…`  the first write, or the read, takes its first block from a wrong place (the block before it)
 `flip-…`   one bit of one block flips after it has arrived
 `fail-…`   the second write fails
 `slow-…`   a pause after each chunk of its prefill
@@ -33,7 +33,7 @@ class FaultyPeer(StreamPeer):
         assert isinstance(message, BlocksWritten)
         fault = message.handoff_id.partition("-")[0]
         if fault == "wrong" and message.seq == 0:
-            own_blocks = [own_blocks[1], *own_blocks[1:]]
+            own_blocks = [own_blocks[0] - 1, *own_blocks[1:]]
         if fault == "fail" and message.seq == 1:
             raise RuntimeError("planted failure")
         return super().prepare_write(layers, own_blocks, peer_blocks, notice)
@@ -43,11 +43,13 @@ class FaultyWorker(StreamWorker):
     def __init__(self, vllm_config: Any, engine_id: str, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
         self.nixl_wrapper: Any = FaultyAgent(self.nixl_wrapper)
+        self._misled: set[str] = set()
 
     def _read_blocks_for_req(self, req_id: str, meta: Any) -> None:
-        blocks = meta.remote.block_ids[0]
-        if req_id.startswith("wrong-") and blocks[0] != blocks[1]:  # it may be called twice
-            meta.remote.block_ids = ([blocks[1], *blocks[1:]],)
+        if req_id.startswith("wrong-") and req_id not in self._misled:  # it may be called twice
+            self._misled.add(req_id)
+            first, *others = meta.remote.block_ids[0]
+            meta.remote.block_ids = ([first - 1, *others],)
         super()._read_blocks_for_req(req_id, meta)
 
     def is_intact(self, req_id: str) -> bool:

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
-from baton.engine.base import FinishedPrefill
-from tests.engine.pair import EnginePair, LegResult, begin_prefill
-from tests.engine.streams import GREEDY, faulty_transfer_arguments, random_prompt, stream_source
+from tests.engine.handoffs import Way, all_handed_off, answers_alone, handed_off
+from tests.engine.pair import EnginePair
+from tests.engine.streams import GREEDY, faulty_transfer_arguments, random_prompt, streamed
 
 BLOCK, CHUNK = 32, 128
 LEASE_S = 4
 PULL_TIMEOUT_S = 1.0
 
-Way = Literal["pull", "stream"]
 WAYS = pytest.mark.parametrize("way", ["pull", "stream"])
 
 
@@ -45,38 +43,6 @@ def vllm_pair(demo_model: Path) -> Iterator[EnginePair]:
         )
     yield pair
     pair.close()
-
-
-async def handed_off(pair: EnginePair, way: Way, prompt: list[int], fault: str) -> LegResult:
-    handoff_id = f"{fault}-{pair.new_handoff_id()}"
-    if way == "stream":
-        source = stream_source(pair, handoff_id, len(prompt))
-        decoding = pair.begin_decode(prompt, GREEDY, source, handoff_id)
-        prefilling = begin_prefill(pair.prefill, pair.prefill_listener, prompt, GREEDY, handoff_id)
-        _, result = await asyncio.gather(prefilling, decoding)
-        return result
-    finished = await pair.run_prefill(prompt, GREEDY, handoff_id=handoff_id)
-    assert isinstance(finished, FinishedPrefill), finished.error
-    return await pair.run_decode(prompt, GREEDY, finished.kv_source, handoff_id=handoff_id)
-
-
-async def all_handed_off(
-    pair: EnginePair, way: Way, prompts: Sequence[list[int]], fault: str, *, at_once: int
-) -> list[LegResult]:
-    places = asyncio.Semaphore(at_once)
-
-    async def one(prompt: list[int]) -> LegResult:
-        async with places:
-            return await handed_off(pair, way, prompt, fault)
-
-    return await asyncio.gather(*map(one, prompts))
-
-
-async def answers_alone(pair: EnginePair, prompts: Sequence[list[int]]) -> list[list[int]]:
-    await pair.forget_prefixes()
-    results = await asyncio.gather(*(pair.run_decode(prompt, GREEDY) for prompt in prompts))
-    await pair.forget_prefixes()
-    return [result.token_ids for result in results]
 
 
 def num_mismatches(pair: EnginePair) -> int:
@@ -103,6 +69,23 @@ def test_signed_kv_raises_no_false_alarm(vllm_pair: EnginePair, way: Way) -> Non
     results = vllm_pair.run(all_handed_off(vllm_pair, way, prompts, "none", at_once=28), timeout_s=100.0)
     assert [result.error for result in results] == [None] * len(prompts)
     assert [result.token_ids for result in results] == expected
+    assert num_mismatches(vllm_pair) == before
+    vllm_pair.run(vllm_pair.wait_until_free(LEASE_S + 4.0))
+
+
+@pytest.mark.parametrize("writes", ["layer", "end"])
+def test_signatures_come_with_the_last_write_whenever_it_is(vllm_pair: EnginePair, writes: str) -> None:
+    """Layer by layer the KV of a step is on its way before its blocks can be signed."""
+    prompt = random_prompt(3 * CHUNK + 7, seed=45)
+    (expected,) = vllm_pair.run(answers_alone(vllm_pair, [prompt]))
+    before = num_mismatches(vllm_pair)
+    for after_s in (None, 0.1):
+        _, result = vllm_pair.run(
+            streamed(vllm_pair, prompt, writes=writes, decode_after_s=after_s), timeout_s=60.0
+        )
+        assert result.error is None
+        assert result.token_ids == expected
+        vllm_pair.run(vllm_pair.forget_prefixes())
     assert num_mismatches(vllm_pair) == before
     vllm_pair.run(vllm_pair.wait_until_free(LEASE_S + 4.0))
 
