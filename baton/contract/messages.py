@@ -123,7 +123,8 @@ class SequenceDelta(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """Of a decode leg that computed the prompt itself and was asked for them; with its first delta."""
     has_lost_kv: bool = False
-    """The KV it was told to fetch did not arrive in time, it computed the prompt; with its first delta."""
+    """The KV it was told to fetch did not arrive in time, it computed the prompt; with its first delta.
+    vLLM does not tell its front end: there a lost transfer is seen where it fails the leg."""
 
 
 class BlocksStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="stored"):

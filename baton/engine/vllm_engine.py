@@ -94,17 +94,10 @@ class _Leg:
     sampling: SamplingSpec
     num_prompt_tokens: int
     is_prefill: bool
-    num_source_tokens: int
-    """Decode: KV of so many is to come from another worker."""
+    has_kv_source: bool
     is_kv_wanted: bool
     """Prefill: somebody continues after the first token, whatever `max_tokens` says."""
     vllm_id: str = ""
-    has_begun: bool = False
-    """Decode: its first tokens were told."""
-
-    @property
-    def has_kv_source(self) -> bool:
-        return self.num_source_tokens > 0
 
     def put(self, output: Any) -> None:
         self.engine._on_output(self, output)
@@ -286,7 +279,6 @@ class VllmEngine:
             message.sampling,
             num_given_tokens=message.num_given_tokens,
             is_prefill=False,
-            num_source_tokens=0 if source is None else source.num_tokens,
             transfer_params=transfer_params,
         )
 
@@ -299,7 +291,6 @@ class VllmEngine:
         is_prefill: bool,
         transfer_params: dict[str, Any] | None,
         num_given_tokens: int = 0,
-        num_source_tokens: int = 0,
     ) -> None:
         if handoff_id in self._legs:
             logger.error("leg refused, id in use handoff_id=%s", handoff_id)
@@ -310,7 +301,7 @@ class VllmEngine:
             sampling=sampling,
             num_prompt_tokens=0,
             is_prefill=is_prefill,
-            num_source_tokens=num_source_tokens,
+            has_kv_source=transfer_params is not None and not is_prefill,
             is_kv_wanted=transfer_params is not None and is_prefill,
         )
         self._legs[handoff_id] = leg
@@ -415,15 +406,8 @@ class VllmEngine:
                 if finish_reason is not None and not leg.has_kv_source
                 else None,
                 prompt_logprobs=prompt_logprobs(output.prompt_logprobs),
-                has_lost_kv=not leg.has_begun and self._has_lost_kv(leg, output.num_cached_tokens),
             )
         )
-        leg.has_begun = True
-
-    def _has_lost_kv(self, leg: _Leg, num_cached_tokens: int | None) -> bool:
-        """What is received counts as cached; a prompt of which less is, was computed here."""
-        num_missing = leg.num_source_tokens - (num_cached_tokens or 0)
-        return num_missing > self._settings.block_size_tokens
 
     def _finish_prefill(self, leg: _Leg, output: Any) -> None:
         del self._legs[leg.handoff_id]

@@ -411,8 +411,6 @@ def test_kv_is_not_read_after_its_lease(pair: Pair):
         pair.decode.start_decode(decode_message(handoff_id, whole_prompt, late, max_tokens=7))
         await pair.decode_heard.until(lambda: handoff_id in pair.decode_heard.ends)
         tokens = finished.delta.token_ids + pair.decode_heard.tokens(handoff_id)
-        told = [delta.has_lost_kv for delta in pair.decode_heard.deltas(handoff_id)]
-        assert told == [True, *[False] * (len(told) - 1)]  # with the first, and once
         assert tokens == tokens_of(await pair.run_decode(prompt))
         pair.prefill.abort(finished.delta.handoff_id)
         await pair.all_free()
