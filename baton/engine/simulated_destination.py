@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from baton.clock import Clock
 from baton.contract.messages import KvSource
 from baton.contract.tokens import TOKEN_BYTES
-from baton.engine.simulated_link import Greeting, KvWritten, LinkMessage, Links
+from baton.engine.simulated_link import Greeting, KvLanded, KvWritten, LinkMessage, Links
 from baton.engine.simulated_model import kv_of
 from baton.engine.simulated_ticker import Ticker
 from baton.handoff.destination import (
@@ -248,10 +248,12 @@ class SimulatedDestination:
                     self._send_registration(reservation)
 
     def _on_message(self, source: str, message: LinkMessage) -> None:
-        if isinstance(message, Greeting | RegisterStream | CancelStream):
+        if isinstance(message, Greeting | KvLanded | RegisterStream | CancelStream):
             logger.warning("kv notice dropped: %s is for sources", type(message).__name__)
             return
         notice = message.notice if isinstance(message, KvWritten) else message
+        if isinstance(message, KvWritten):
+            self._links.send(source, KvLanded(notice.handoff_id, notice.epoch, message.notice.seq))
         reservation = self._reservations.get(notice.epoch)
         if reservation is None or reservation.handoff_id != notice.handoff_id:
             if isinstance(message, KvWritten):

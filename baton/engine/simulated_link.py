@@ -53,9 +53,18 @@ class KvWritten(msgspec.Struct, frozen=True, array_like=True, tag=True):
     kv: int
 
 
+class KvLanded(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A write is over only when its bytes are there."""
+
+    handoff_id: str
+    epoch: int
+    seq: int
+
+
 LinkMessage = (
     Greeting
     | KvWritten
+    | KvLanded
     | FirstToken
     | RegisterStream
     | CancelStream
@@ -130,6 +139,7 @@ class LinkServer:
         """Nobody is listened to and nothing is sent from here on."""
         if self._server is not None:
             self._server.close()
+        self._by_boot.clear()
         for frames in list(self._connections):
             frames.abort()
 

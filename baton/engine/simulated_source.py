@@ -17,7 +17,7 @@ from collections.abc import Callable
 from baton.clock import Clock
 from baton.contract.tokens import TOKEN_BYTES
 from baton.engine.simulated_faults import Fault, Faults
-from baton.engine.simulated_link import Greeting, KvWritten, LinkMessage, LinkServer
+from baton.engine.simulated_link import Greeting, KvLanded, KvWritten, LinkMessage, LinkServer
 from baton.engine.simulated_model import kv_of
 from baton.engine.simulated_settings import SimulatedEngineSettings
 from baton.engine.simulated_ticker import Ticker
@@ -81,12 +81,13 @@ class _Prompt:
 
 
 class _Writing:
-    """A write that takes time. Without a timer it never ends by itself."""
+    """A write in flight: first it takes its time, then it is on its way until it is said to have landed."""
 
-    __slots__ = ("message", "timer")
+    __slots__ = ("is_stuck", "message", "timer")
 
-    def __init__(self, message: KvWritten) -> None:
+    def __init__(self, message: KvWritten, *, is_stuck: bool) -> None:
         self.message = message
+        self.is_stuck = is_stuck
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -128,10 +129,8 @@ class SimulatedSource:
         """Nothing is written from here on."""
         self._ticker.stop()
         self._server.close()
-        for writing in self._writing.values():
-            if writing.timer is not None:
-                writing.timer.cancel()
-        self._writing.clear()
+        for key, seq in list(self._writing):
+            self._end_write(key, seq, is_good=False)
 
     async def stop(self) -> None:
         self.close()
@@ -178,6 +177,10 @@ class SimulatedSource:
         match message:
             case RegisterStream():
                 self._on_registration(destination, message)
+            case KvLanded():
+                key = StreamKey(message.handoff_id, destination.boot_id, message.epoch)
+                if (key, message.seq) in self._writing:
+                    self._end_write(key, message.seq, is_good=True)
             case CancelStream():
                 key = StreamKey(message.handoff_id, message.destination, message.epoch)
                 self._end_stuck(key)
@@ -216,7 +219,7 @@ class SimulatedSource:
     def _end_stuck(self, key: StreamKey) -> None:
         """The destination has given up: writes that a fault holds up are given up as well."""
         for other, seq in list(self._writing):
-            if other == key and self._writing[other, seq].timer is None:
+            if other == key and self._writing[other, seq].is_stuck:
                 self._end_write(key, seq, is_good=False)
 
     # ── the machine ──────────────────────────────────────────────────────────────────────────
@@ -300,19 +303,25 @@ class SimulatedSource:
             took_s += fault.s
         if fault is not None and fault.action == "fail":
             return self._ended(key, write.seq, is_good=False)
-        if took_s <= 0 and fault is None and key not in self._busy_until_s:
-            return self._ended(key, write.seq, is_good=self._send(key, message))
-        writing = self._writing[key, write.seq] = _Writing(message)
-        if fault is not None and fault.action == "stall":
+        is_stuck = fault is not None and fault.action == "stall"
+        writing = self._writing[key, write.seq] = _Writing(message, is_stuck=is_stuck)
+        if is_stuck:
             return []
+        if took_s <= 0 and key not in self._busy_until_s:
+            if self._send(key, message):
+                return []
+            del self._writing[key, write.seq]
+            return self._ended(key, write.seq, is_good=False)
         loop = asyncio.get_running_loop()
         end_s = max(self._busy_until_s.get(key, 0.0), loop.time()) + took_s
         self._busy_until_s[key] = end_s
-        writing.timer = loop.call_at(end_s, self._land, key, write.seq)
+        writing.timer = loop.call_at(end_s, self._leave, key, write.seq)
         return []
 
-    def _land(self, key: StreamKey, seq: int) -> None:
-        self._end_write(key, seq, is_good=self._send(key, self._writing[key, seq].message))
+    def _leave(self, key: StreamKey, seq: int) -> None:
+        """The link has carried it; whether it landed is the destination's word."""
+        if not self._send(key, self._writing[key, seq].message):
+            self._end_write(key, seq, is_good=False)
 
     def _end_write(self, key: StreamKey, seq: int, *, is_good: bool) -> None:
         writing = self._writing.pop((key, seq))

@@ -191,7 +191,7 @@ class _Hold:
     num_destinations: int | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Stream:
     key: StreamKey
     destination_blocks: Sequence[int]
@@ -231,6 +231,8 @@ class SourceTable:
         self._reassure_every_s = reassure_every_s
         self._holds: dict[str, _Hold] = {}
         self._streams: dict[StreamKey, _Stream] = {}
+        self._by_handoff: dict[str, list[_Stream]] = {}
+        """The same, most of them alone."""
         self._ended: OrderedDict[StreamKey, tuple[float, bool]] = OrderedDict()
         """Key → (when, whether all was written)."""
         self._released: OrderedDict[str, float] = OrderedDict()
@@ -387,6 +389,7 @@ class SourceTable:
             reassured_s=now_s,
             owes_token=event.wants_first_token,
         )
+        self._by_handoff.setdefault(key.handoff_id, []).append(stream)
         actions: list[SourceAction] = [Reassure(key)]
         hold = self._holds.get(key.handoff_id)
         if hold is not None and hold.state is HoldState.RELEASING:
@@ -515,6 +518,10 @@ class SourceTable:
     def _end(self, stream: _Stream, now_s: float, *, is_complete: bool) -> None:
         stream.state = moved(STREAM_MOVES, stream.state, StreamState.ENDED)
         del self._streams[stream.key]
+        others = self._by_handoff[stream.key.handoff_id]
+        others.remove(stream)
+        if not others:
+            del self._by_handoff[stream.key.handoff_id]
         self._remember(stream.key, now_s, is_complete=is_complete)
 
     def _remember(self, key: StreamKey, now_s: float, *, is_complete: bool) -> None:
@@ -522,4 +529,4 @@ class SourceTable:
         self._ended[key] = (now_s, is_complete)
 
     def _streams_of(self, handoff_id: str) -> list[_Stream]:
-        return [stream for stream in self._streams.values() if stream.key.handoff_id == handoff_id]
+        return list(self._by_handoff.get(handoff_id, ()))

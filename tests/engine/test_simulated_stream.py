@@ -302,6 +302,7 @@ async def test_a_link_that_breaks_is_opened_again(side):
         running(**PACED, faults=fault if side == "source" else None) as (source_engine, source),
         running(**STREAMING, faults=fault if side == "destination" else None) as (engine, heard),
     ):
+        started_s = asyncio.get_running_loop().time()
         prompts = {f"h{number}": prompt_of(3 * CHUNK, number) for number in range(4)}
         for name, prompt in prompts.items():
             start_both(source_engine, source, engine, name, prompt)
@@ -312,6 +313,7 @@ async def test_a_link_that_breaks_is_opened_again(side):
             assert heard.tokens[name] == generated(prompt)[0]
         assert fault.num_struck == 1
         assert engine.load().num_kv_transfers >= 2
+        assert asyncio.get_running_loop().time() - started_s < SILENCE_S  # nobody had to wait for that
         for name in prompts:
             source_engine.abort(name)
         await all_free(source_engine, engine)
