@@ -108,7 +108,7 @@ def test_a_client_that_leaves_ends_its_prefill_at_the_next_chunk(fleet: Fleet, w
     num_late_chunks = (done - done_at_close) / CHUNK
     print(f"idle {time.monotonic() - left_s:.2f} s after, {num_late_chunks:.1f} chunks after the client left")
     assert num_late_chunks <= 3
-    assert after_s < 3 * usual_s + 0.3, f"{usual_s:.3f} s before, {after_s:.3f} s after"
+    assert after_s < 3 * usual_s + 1.0, f"{usual_s:.3f} s before, {after_s:.3f} s after"
     fleet.wait_until_idle(BACK_WITHIN_S)
 
 
