@@ -243,3 +243,14 @@ def test_what_may_not_fit_on_the_prefill_worker_is_pulled(make_bench):
     bench.finish_prefill("p0", prefills[2][1].handoff_id)
     ((_, decode),) = bench.take(StartDecode)
     assert not decode.kv_source.is_streamed
+
+
+def test_what_was_cached_is_told_also_when_the_decode_worker_is_heard_first(token_bench):
+    """vllm#46898: a usage whose cached tokens are not those of one worker alone."""
+    sink, prefill, _ = begin(token_bench, max_tokens=2, seed=1, temperature=1.0)
+    token_bench.step("d0", prefill.handoff_id, 6)
+    token_bench.finish_prefill("p0", prefill.handoff_id, token_id=5, text="y", num_cached_tokens=16)
+    token_bench.step("d0", prefill.handoff_id, 7, finish="length")
+    assert sink.token_ids == [6, 7]
+    assert sink.reports[0].num_cached_tokens == 16
+    token_bench.assert_nothing_is_held()
