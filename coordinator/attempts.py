@@ -108,10 +108,9 @@ class Attempts:
     def first_decoded(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
         """The decode worker's first word: all before it is over."""
         if request.state is RequestState.PREFILLING:
-            # Computed here; or streamed, and the prefill worker's own word is still on its way.
-            request.prompt_computed(now_s, delta.num_cached_tokens)
+            request.prompt_computed(now_s, delta.num_cached_tokens)  # here
             request.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
-            worker = self._fleet.get(request.prefill_worker or request.decode_worker or "")
+            worker = self._fleet.get(request.decode_worker or "")
             if worker is not None:
                 self._dispatch.prompt_computed(worker, request.handoff_id, now_s)
         elif request.kv_source is None:  # computed a second time
@@ -140,7 +139,7 @@ class Attempts:
         request.num_bytes_moved += request.kv_source.num_bytes
         if source is not None:
             self._dispatch.handoff_succeeded(source, request.decode_worker)
-        if request.prompt_computed_s is not None and not request.is_streamed:
+        if request.prompt_computed_s is not None:
             self._dispatch.pace.handed_over(request.num_bytes_to_move, now_s - request.prompt_computed_s)
 
     # ── its end ──────────────────────────────────────────────────────────────────────────────

@@ -269,18 +269,29 @@ class Core:
         if not request.is_streamed:
             source = with_lease_left(request, message, now_s)
             actions.append(self._attempts.start_decode(request, source, now_s))
-        elif is_token_given:  # the decode worker has known of the prompt since the prefill began
-            request.given_delta = delta
+        else:  # the decode worker has known of the prompt since the prefill began
+            request.given_delta = delta if is_token_given else None
+            early, request.early_deltas = request.early_deltas, []
+            decode = self.fleet.get(request.decode_worker or "")
+            if early and decode is not None:
+                actions += self._decoded(decode, early, now_s)[0]
         return actions + self._pump(now_s)
 
     def step(self, worker: Worker, message: StepOutputs, now_s: float) -> list[Action]:
         """The hot path: one call per engine step of a decode worker."""
+        is_room_freed = worker.account.observe(message.load)
+        self.pace.heard_step(worker.step_clock, worker.account, len(message.deltas), now_s)
+        actions, has_freed_room = self._decoded(worker, message.deltas, now_s)
+        return actions + self._pump(now_s) if is_room_freed or has_freed_room else actions
+
+    def _decoded(
+        self, worker: Worker, deltas: list[SequenceDelta], now_s: float
+    ) -> tuple[list[Action], bool]:
+        """True: there is room for others now."""
         actions: list[Action] = []
-        account = worker.account
-        is_room_freed = account.observe(message.load)
-        self.pace.heard_step(worker.step_clock, account, len(message.deltas), now_s)
+        account, is_room_freed = worker.account, False
         legs = self._attempts.legs
-        for delta in message.deltas:
+        for delta in deltas:
             request = legs.get(delta.handoff_id)
             if request is None or request.decode_worker != worker.worker_id or request.is_prefilled_elsewhere:
                 if self._join_tests.knows(delta.handoff_id, worker):
@@ -289,6 +300,10 @@ class Core:
                 else:
                     self._log_dropped("delta", delta.handoff_id, worker)
                     self.num_discarded_tokens += len(delta.token_ids)
+                continue
+            if request.is_streamed and request.state is RequestState.PREFILLING:
+                # The prefill worker's word is on its way, with the first token and what is known of hits.
+                request.early_deltas.append(delta)
                 continue
             if request.given_delta is not None:
                 given, request.given_delta = request.given_delta, None
@@ -300,6 +315,11 @@ class Core:
                     actions += self._attempt_failed(request, error, worker.worker_id, now_s)
                     is_room_freed = True
                     continue
+                if not rest.token_ids and rest.finish_reason is None:
+                    request.progress_s = now_s  # its first token of its own is still to come
+                    if rest.has_lost_kv:
+                        self._attempts.first_decoded(request, rest, now_s)
+                    continue
                 delta = rest
             if request.state is not RequestState.DECODING:
                 self._attempts.first_decoded(request, delta, now_s)
@@ -307,17 +327,14 @@ class Core:
             request.output_token_ids.extend(delta.token_ids)
             request.progress_s = now_s
             account.grow(delta.handoff_id, num_tokens)
-            if num_tokens or delta.text or delta.finish_reason is not None:
-                actions.append(Deliver(request.sink, delta, request.placement))
+            actions.append(Deliver(request.sink, delta, request.placement))
             if delta.finish_reason is not None:
                 if delta.num_cached_tokens is not None:
                     request.found_hits(delta.num_cached_tokens)
                     request.update_placement()
                 actions += self._finish(request, Outcome.COMPLETED, now_s, last=delta)
                 is_room_freed = True
-        if is_room_freed:
-            actions += self._pump(now_s)
-        return actions
+        return actions, is_room_freed
 
     def kv_events(self, worker: Worker, message: KvEvents, now_s: float) -> list[Action]:
         """Prefill progress comes with them, step by step."""
@@ -431,6 +448,7 @@ class Core:
             request.request_id, request.handoff_id, request.state.value, error.code, worker_id, remedy.value,
             request.num_output_tokens, error.message,
         )  # fmt: skip
+        self._discard_early(request)
         give_back(request, remedy, error, worker_id)
         actions = self._attempts.close(request)
         request.move(RequestState.QUEUED, now_s)
@@ -446,6 +464,7 @@ class Core:
         last: SequenceDelta | None = None,
         error: ServingError | None = None,
     ) -> list[Action]:
+        self._discard_early(request)
         is_well = outcome is Outcome.COMPLETED
         phase = None if is_well else request.state.value
         actions = self._attempts.complete(request) if is_well else self._attempts.close(request)
@@ -458,6 +477,10 @@ class Core:
                    request.records)
         )  # fmt: skip
         return actions
+
+    def _discard_early(self, request: Request) -> None:
+        self.num_discarded_tokens += sum(len(delta.token_ids) for delta in request.early_deltas)
+        request.early_deltas = []
 
     def _leg(self, handoff_id: str, worker: Worker, state: RequestState) -> Request | None:
         request = self._attempts.legs.get(handoff_id)

@@ -30,7 +30,7 @@ class Request:
 
     __slots__ = (
         "deadline_s", "decode_worker", "dispatched_s", "entered_s", "first_decode_s", "first_token_by",
-        "first_token_reason", "given_delta", "handoff_id", "hit_tokens", "hits", "is_alone",
+        "early_deltas", "first_token_reason", "given_delta", "handoff_id", "hit_tokens", "hits", "is_alone",
         "is_recomputed", "is_streamed", "kv_source", "last_decode_worker", "last_error",
         "last_prefill_worker", "next_token_by", "num_attempts", "num_bytes_moved", "num_bytes_to_move",
         "num_fruitless_attempts", "num_given_tokens", "num_prefilled_tokens", "num_prompt_tokens",
@@ -75,6 +75,8 @@ class Request:
         """The decode worker was told when the prefill began; KV moves meanwhile."""
         self.given_delta: SequenceDelta | None = None
         """The client has this first token of the prefill worker, and the decode worker will tell it again."""
+        self.early_deltas: list[SequenceDelta] = []
+        """Streamed: what the decode worker said before the prefill worker's word was heard."""
         self.num_bytes_to_move = 0
         """KV that the decode worker did not hold when it was chosen."""
         self.started_s: float | None = None
@@ -205,7 +207,7 @@ class Request:
         if self.is_resumed:
             self.num_resumes += 1
         self.is_streamed = stream is not None
-        self.given_delta = None
+        self.given_delta, self.early_deltas = None, []
         self.handoff_id = handoff_id
         self.way, self.way_reason = way, way_reason
         self.kv_source = None

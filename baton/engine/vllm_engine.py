@@ -132,6 +132,7 @@ class VllmEngine:
         self._max_model_len = 0
         self._kv_bytes_per_block = 0
         self._has_decoded = False
+        self._can_stream = False
         self._is_stopping = False
         self._is_dead = False
 
@@ -144,10 +145,6 @@ class VllmEngine:
         port = choose_side_channel_port(settings)
         set_environment(settings, port)
         started_s = time.monotonic()
-        if settings.transfer == "stream" and settings.reason_not_to_stream is not None:
-            logger.warning(
-                "kv streaming is not possible here: %s; KV is pulled", settings.reason_not_to_stream
-            )
         logger.info(
             "engine starting role=%s model=%s device=%s", settings.role.value, settings.model, settings.device
         )
@@ -157,11 +154,13 @@ class VllmEngine:
                 self._llm._run_output_handler()
                 self._llm.output_handler.add_done_callback(self._on_output_handler_ended)
                 self._supported_tasks = await self._llm.get_supported_tasks()
+                self._can_stream = await self._finds_streaming_possible()
                 config = self._llm.vllm_config
                 description = describe(
                     settings,
                     config,
                     side_channel_port=port,
+                    can_stream=self._can_stream,
                     has_kv_events=self._kv_events is not None,
                     attention_backend=chosen_attention_backend(config),
                 )
@@ -191,6 +190,17 @@ class VllmEngine:
             description.transfer_endpoint,
         )
         return description
+
+    async def _finds_streaming_possible(self) -> bool:
+        if self._settings.transfer != "stream":
+            return False
+        reasons = [self._settings.reason_not_to_stream]
+        if reasons == [None]:  # the ranks know more: they have seen the model's KV
+            reasons = await self._llm.collective_rpc("kv_stream_refusal")
+        reason = next(filter(None, reasons), None)
+        if reason is not None:
+            logger.warning("kv streaming is not possible here: %s; KV is pulled", reason)
+        return reason is None
 
     def _construct_blocking(self) -> Any:
         arguments = AsyncEngineArgs(
@@ -241,7 +251,7 @@ class VllmEngine:
             "do_remote_prefill": False,
             HOLD_UNLESS_STOPPED: True,
         }
-        if self._settings.is_streaming:
+        if self._can_stream:
             hold[STREAM_ID] = message.handoff_id
         self._start_leg(
             message.handoff_id,

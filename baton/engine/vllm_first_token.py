@@ -43,6 +43,10 @@ class FirstTokenMixin:
 
     def _give_first_token(self, request: Request, token_id: int) -> EngineCoreOutput:
         this: Any = self
+        # As with a first token that was sampled: how much of the prompt came from where.
+        prefill_stats = request.take_prefill_stats()
+        if prefill_stats is not None:
+            prefill_stats.finalize(this.kv_cache_manager.estimate_cached_tokens(request))
         request.append_output_token_ids(token_id)
         finish_reason = None
         if check_stop(request, this.max_model_len):
@@ -57,6 +61,7 @@ class FirstTokenMixin:
             finish_reason=finish_reason,
             stop_reason=request.stop_reason,
             events=request.take_events(),
+            prefill_stats=prefill_stats,
         )
 
 

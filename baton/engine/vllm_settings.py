@@ -175,6 +175,8 @@ def engine_arguments(settings: VllmEngineSettings, *, has_drifted: bool = False)
         arguments["async_scheduling"] = True
     if settings.scheduler != "fcfs" and not has_drifted:
         arguments |= _policy_arguments(settings)
+    if settings.is_streaming:
+        arguments["worker_extension_cls"] = "baton.transfer.nixl_stream_worker.StreamRefusal"
     if settings.is_streaming and settings.role is WorkerRole.PREFILL:
         # A step planned ahead would keep the first token from the decode worker for as long as it takes.
         arguments["async_scheduling"] = False

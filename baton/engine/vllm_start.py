@@ -61,6 +61,7 @@ def describe(
     config: Any,
     *,
     side_channel_port: int,
+    can_stream: bool,
     has_kv_events: bool,
     attention_backend: str | None = None,
 ) -> EngineDescription:
@@ -99,18 +100,14 @@ def describe(
         tensor_parallel_size=settings.tensor_parallel_size,
         pipeline_parallel_size=settings.pipeline_parallel_size,
         transfer_endpoint=f"{settings.side_channel_host}:{side_channel_port}",
-        stream_params=_stream_params(settings, config, side_channel_port),
-        streams_first_token=settings.is_streaming,
+        stream_params=_stream_params(settings, config, side_channel_port) if can_stream else None,
+        streams_first_token=can_stream,
         has_kv_events=has_kv_events,
     )
 
 
-def _stream_params(
-    settings: VllmEngineSettings, config: Any, side_channel_port: int
-) -> dict[str, Any] | None:
+def _stream_params(settings: VllmEngineSettings, config: Any, side_channel_port: int) -> dict[str, Any]:
     """Where a decode engine finds this one before there is a prompt."""
-    if not settings.is_streaming:
-        return None
     return {
         "remote_engine_id": config.kv_transfer_config.engine_id,
         "remote_host": settings.side_channel_host,

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
@@ -95,7 +96,8 @@ class StreamWorker(LeasedPullWorker):
         self._write_patience_s = WRITES_IN_LINE * pull_timeout_s
         self._layer_index: dict[str, int] = {}
         self._own: KvMemory | None = None
-        self._refusal: str | None = None
+        self.refusal: str | None = None
+        """Why this rank cannot stream; known with the first look at its KV."""
         self._notices = NoticeSorter(self.nixl_wrapper, lambda notice: notice.startswith(PREFIX))
         # Source half.
         self._writer: StreamWriter | None = None
@@ -130,9 +132,7 @@ class StreamWorker(LeasedPullWorker):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         super().register_kv_caches(kv_caches)
         self._layer_index = {name: index for index, name in enumerate(kv_caches)}
-        self._refusal = self._reason_not_to_stream(len(kv_caches))
-        if self._refusal is not None:
-            logger.warning("kv streaming is not possible here: %s", self._refusal)
+        self.refusal = self._reason_not_to_stream(len(kv_caches))
         self._own = KvMemory(
             tp_rank=self.tp_rank,
             tp_size=self.world_size,
@@ -154,7 +154,7 @@ class StreamWorker(LeasedPullWorker):
                 self._own,
                 self.region_mem_types[0] if self.region_mem_types else self.nixl_memory_type,
                 self._notices,
-                refusal=self._refusal,
+                refusal=self.refusal,
                 patience_s=self._write_patience_s,
                 on_write=self._on_write,
             )
@@ -266,7 +266,7 @@ class StreamWorker(LeasedPullWorker):
 
     def _begin(self, req_id: str, reservation: StreamReservation) -> None:
         self._reservations[req_id] = reservation
-        if self._refusal is not None:
+        if self.refusal is not None:
             self._end(req_id, is_good=False)
             return
         stage = get_pp_group().rank_in_group
@@ -484,6 +484,16 @@ class StreamWorker(LeasedPullWorker):
         except Exception:  # a timeout, an unreadable answer: no proof
             return False
         return False
+
+
+class StreamRefusal:
+    """A base that vLLM gives its worker: the engine calls the method by name (`collective_rpc`)."""
+
+    def kv_stream_refusal(self) -> str | None:
+        """Why this rank cannot stream; None: it can. Known once the model is loaded."""
+        connector = get_kv_transfer_group()
+        assert isinstance(connector.connector_worker, StreamWorker)
+        return connector.connector_worker.refusal
 
 
 def _computed(progress: StreamProgress, layer: int | None) -> BlocksComputed:

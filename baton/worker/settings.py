@@ -27,7 +27,7 @@ class WorkerSettings:
     transfer: Literal["pull", "stream"] = option(
         "pull",
         "`stream`: prefill workers write KV while they compute, into blocks that decode workers reserve; "
-        "only between workers that both say so",
+        "`pull`: decode workers read it when it is there. Where only one of two says `stream`, they pull",
     )
     transfer_port: int | None = option(None, "port that offers KV to other workers; absent: a free one")
     kv_digest: bool = option(

@@ -56,13 +56,30 @@ def test_both_legs_start_together_and_the_decode_worker_gives_all_tokens(bench):
     bench.assert_nothing_is_held()
 
 
-def test_the_first_token_may_overtake_the_word_of_the_prefill_worker(bench):
+def test_tokens_that_overtake_the_word_of_the_prefill_worker_wait_for_it(bench):
+    """It is on its way, and nothing that it tells is lost: hits, the prompt's time, the first token."""
     sink, prefill, _ = begin(bench, max_tokens=2)
     bench.step("d0", prefill.handoff_id, 5)
-    bench.finish_prefill("p0", prefill.handoff_id)
-    assert [worker_id for worker_id, _ in bench.take(AbortLeg)] == ["p0"]  # nothing left to hold there
     bench.step("d0", prefill.handoff_id, 6, finish="length")
+    assert sink.token_ids == []
+    bench.finish_prefill("p0", prefill.handoff_id, num_cached_tokens=16)
     assert sink.token_ids == [5, 6]
+    assert sink.reports[0].placement.hit_tokens == 16
+    assert bench.take(AbortLeg) == []
+    bench.assert_nothing_is_held()
+
+
+def test_a_word_that_never_comes_begins_the_attempt_again(bench):
+    """The prefill worker died between its last write and its word; nobody has heard of either yet."""
+    sink, prefill, _ = begin(bench, max_tokens=2)
+    bench.step("d0", prefill.handoff_id, 5)
+    bench.add("p1", WorkerRole.PREFILL, stream_params=PREFILL)
+    bench.perform(bench.core.worker_lost("p0", "gone", 1.0))
+    ((_, again),) = bench.take(StartPrefill)
+    bench.finish_prefill("p1", again.handoff_id)
+    bench.step("d0", again.handoff_id, 7, 8, finish="length")
+    assert sink.token_ids == [7, 8]
+    assert bench.core.num_discarded_tokens == 2  # the early one, and that of the other prefill worker
     bench.assert_nothing_is_held()
 
 
@@ -158,11 +175,11 @@ def test_tokens_of_one_message_lose_only_the_first(token_bench):
     token_bench.assert_nothing_is_held()
 
 
-def test_a_decode_worker_that_is_faster_gives_the_first_token_itself(token_bench):
+def test_a_decode_worker_that_is_faster_waits_for_the_first_token_to_be_given(token_bench):
     sink, prefill, _ = begin(token_bench, max_tokens=3)
     token_bench.step("d0", prefill.handoff_id, 5)
-    token_bench.finish_prefill("p0", prefill.handoff_id, token_id=5, text="y")
     token_bench.step("d0", prefill.handoff_id, 6)
+    token_bench.finish_prefill("p0", prefill.handoff_id, token_id=5, text="y")
     token_bench.step("d0", prefill.handoff_id, 7, finish="length")
     assert sink.token_ids == [5, 6, 7]
     token_bench.assert_nothing_is_held()

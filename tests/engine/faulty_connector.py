@@ -60,6 +60,17 @@ class FaultyWorker(StreamWorker):
         return super().is_intact(req_id)
 
 
+class RefusingWorker(StreamWorker):
+    def _reason_not_to_stream(self, num_layers: int) -> str | None:
+        return "a test says so"
+
+
+class RefusingStreamingConnector(StreamingNixlConnector):
+    """Of a model whose KV cannot be streamed."""
+
+    worker_class = RefusingWorker
+
+
 class FaultyStreamingConnector(StreamingNixlConnector):
     worker_class = FaultyWorker
 

@@ -103,4 +103,5 @@ async def streamed(
         decoding = decode()
     finished, result = await asyncio.gather(prefilling, decoding)
     assert isinstance(finished, FinishedPrefill), finished.error
+    assert not any(delta.has_lost_kv for delta in pair.decode_listener.legs[handoff_id].deltas)
     return finished, result

@@ -40,7 +40,9 @@ def config(*, use_mla: bool = False) -> SimpleNamespace:
 @pytest.mark.parametrize(("use_mla", "num_tensors"), [(False, 2), (True, 1)])
 def test_a_description_counts_all_ranks_and_not_the_placeholder(use_mla: bool, num_tensors: int):
     settings = VllmEngineSettings(model="m", role=WorkerRole.PREFILL, tensor_parallel_size=2)
-    found = describe(settings, config(use_mla=use_mla), side_channel_port=5600, has_kv_events=True)
+    found = describe(
+        settings, config(use_mla=use_mla), side_channel_port=5600, can_stream=False, has_kv_events=True
+    )
     assert found.capacity.num_blocks == 100
     assert found.capacity.kv_bytes_per_block == num_tensors * 10 * 8 * 64 * 2 * 16
     assert (found.capacity.max_batch_size, found.capacity.max_model_len) == (32, 4096)
@@ -55,7 +57,7 @@ def test_an_engine_that_streams_says_where():
     settings = VllmEngineSettings(
         model="m", role=WorkerRole.PREFILL, transfer="stream", tensor_parallel_size=2
     )
-    found = describe(settings, config(), side_channel_port=5600, has_kv_events=False)
+    found = describe(settings, config(), side_channel_port=5600, can_stream=True, has_kv_events=False)
     assert found.stream_params == {
         "remote_engine_id": "e1",
         "remote_host": settings.side_channel_host,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 import time
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from baton.engine.base import FinishedPrefill
-from tests.engine.pair import EnginePair, LegResult, begin_prefill
+from baton.contract.lifecycle import WorkerRole
+from baton.engine.base import EngineDescription, FinishedPrefill
+from baton.engine.vllm_settings import VllmEngineSettings
+from tests.engine.pair import EnginePair, LegResult, Recorder, begin_prefill
 from tests.engine.streams import GREEDY, faulty_transfer_arguments, random_prompt, stream_source
 from tests.engine.test_vllm_stream import CHUNK
 
@@ -88,3 +91,34 @@ def test_a_decode_engine_is_killed(vllm_pair: EnginePair) -> None:
     vllm_pair.run(wait_until_free(), timeout_s=30.0)
     again = vllm_pair.run(vllm_pair.run_prefill(random_prompt(CHUNK, seed=32), GREEDY, keep_kv=False))
     assert isinstance(again, FinishedPrefill)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_an_engine_whose_model_cannot_be_streamed_offers_no_streams(
+    demo_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The ranks find out when they see the model's KV. One log line says why; its pairs pull."""
+    vllm_engine = importlib.import_module("baton.engine.vllm_engine")
+    monkeypatch.setattr(
+        "baton.engine.vllm_engine.transfer_arguments",
+        lambda settings: faulty_transfer_arguments(settings) | {"kv_connector": "RefusingStreamingConnector"},
+    )
+    settings = VllmEngineSettings(
+        model=str(demo_model),
+        role=WorkerRole.PREFILL,
+        transfer="stream",
+        max_model_len=512,
+        kv_cache_bytes=64 << 20,
+    )
+
+    async def story() -> EngineDescription:
+        engine = vllm_engine.VllmEngine(settings)
+        description: EngineDescription = await engine.start(Recorder())
+        await engine.stop()
+        return description
+
+    description = asyncio.run(story())
+    assert description.stream_params is None
+    assert not description.streams_first_token
+    assert "kv streaming is not possible here: a test says so; KV is pulled" in caplog.text

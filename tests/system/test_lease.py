@@ -1,6 +1,8 @@
 """KV that is read too late is another prompt's. Whatever stands still for how long: the right answer or a
 typed error, never other text.
 
+Where KV is streamed nobody reads it (tests/engine/test_vllm_stream.py has who registers late).
+
 The prefill worker's cache is small and is written over as soon as the leases have ended, so a late read
 would get wrong KV for certain; that the same fleet notices nothing of it otherwise is what
 test_differential.py shows.
@@ -22,7 +24,14 @@ NUM_BLOCKS_PER_PROMPT = 6
 NUM_OUTPUT = 10
 
 COORDINATOR = ("--heartbeat-timeout-s", "60", "--handoff-timeout-s", "50")
-PREFILL = ("--kv-lease-s", str(LEASE_S), "--kv-cache-gib", "0.0085")  # 69 blocks of 128 KiB
+PREFILL = (
+    "--transfer",
+    "pull",
+    "--kv-lease-s",
+    str(LEASE_S),
+    "--kv-cache-gib",
+    "0.0085",
+)  # 69 blocks of 128 KiB
 
 Start = Any
 
