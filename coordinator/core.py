@@ -246,7 +246,6 @@ class Core:
             return self._join_tests.prefilled(message, now_s)
         request = self._leg(delta.handoff_id, worker, RequestState.PREFILLING)
         if request is None:
-            self._hear_late_hits(worker, delta)
             # Nobody will fetch this KV: let the worker free it now instead of at the lease's end.
             self.num_discarded_tokens += len(delta.token_ids)
             return [Send(worker.worker_id, AbortLeg(handoff_id=delta.handoff_id))]
@@ -488,13 +487,6 @@ class Core:
             self._log_dropped("prefill result", handoff_id, worker)
             return None
         return request
-
-    def _hear_late_hits(self, worker: Worker, delta: SequenceDelta) -> None:
-        """Of a stream whose decode worker was heard first: its usage says what was cached all the same."""
-        request = self._attempts.legs.get(delta.handoff_id)
-        if request is not None and request.is_streamed and request.last_prefill_worker == worker.worker_id:
-            request.hit_tokens = delta.num_cached_tokens
-            request.update_placement()
 
     @staticmethod
     def _log_dropped(what: str, handoff_id: str, worker: Worker) -> None:
