@@ -105,8 +105,9 @@ class Attempts:
         request.found_hits(delta.num_cached_tokens)
         request.prompt_logprobs = message.prompt_logprobs or request.prompt_logprobs
 
-    def first_decoded(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
+    def first_decoded(self, request: Request, delta: SequenceDelta, now_s: float) -> list[Action]:
         """The decode worker's first word: all before it is over."""
+        source = request.prefill_worker
         if request.state is RequestState.PREFILLING:
             request.prompt_computed(now_s, delta.num_cached_tokens)  # here
             request.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
@@ -122,10 +123,13 @@ class Attempts:
             request.first_decode_s = now_s
         event(logger, "decoding", request_id=request.request_id, handoff_id=request.handoff_id,
               decode_worker=request.decode_worker)  # fmt: skip
-        if request.prefill_worker is not None:  # the KV has been read: that worker is done with us
-            self._dispatch.release(request.prefill_worker, request.handoff_id)
+        if source is not None:  # the KV has been read, or will not be: that worker is done with us
+            self._dispatch.release(source, request.handoff_id)
             request.prefill_worker = None
         request.update_placement()
+        if source is not None and delta.has_lost_kv:
+            return [Send(source, AbortLeg(handoff_id=request.handoff_id))]  # it still holds it
+        return []
 
     def _handed_over(self, request: Request, delta: SequenceDelta, now_s: float) -> None:
         """Or not: an engine whose policy is to recompute goes on without the KV, and says so."""

@@ -321,7 +321,7 @@ class Core:
                     continue
                 delta = rest
             if request.state is not RequestState.DECODING:
-                self._attempts.first_decoded(request, delta, now_s)
+                actions += self._attempts.first_decoded(request, delta, now_s)
             num_tokens = len(delta.token_ids)
             request.output_token_ids.extend(delta.token_ids)
             request.progress_s = now_s

@@ -7,7 +7,14 @@ from collections import Counter
 import pytest
 
 from baton.contract.lifecycle import Outcome, WorkerRole
-from baton.contract.messages import SequenceDelta, StartDecode, StartPrefill, StepOutputs, WorkerLoad
+from baton.contract.messages import (
+    AbortLeg,
+    SequenceDelta,
+    StartDecode,
+    StartPrefill,
+    StepOutputs,
+    WorkerLoad,
+)
 from baton.policy.pair_health import FENCE_S, MAX_FAILURES
 
 P, D = WorkerRole.PREFILL, WorkerRole.DECODE
@@ -37,7 +44,10 @@ def serve(bench, request_id, broken=BROKEN, has_engine_policy=False):
         order.handoff_id, [7, 8, 9], "abc", "length", has_lost_kv=is_lost and has_engine_policy
     )
     message = StepOutputs(deltas=[delta], load=WorkerLoad())
+    bench.take(AbortLeg)
     bench.perform(bench.core.step(bench.worker(decode), message, bench.now_s))
+    let_go = [(prefill, AbortLeg(handoff_id=start.handoff_id))]  # nobody will read what it holds
+    assert bench.take(AbortLeg) == (let_go if delta.has_lost_kv else [])
     assert sink.reports[0].outcome is Outcome.COMPLETED
     return pair
 
