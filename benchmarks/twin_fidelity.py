@@ -102,11 +102,11 @@ def _virtual(report: Report, row: str, plan: Plan, repeats: int, slower: float =
     with LiveFleet(f"twin-{row}") as fleet:
         common = ("--engine", "simulated", "--num-blocks", NUM_BLOCKS, "--max-model-len", 16_384,
                   "--max-batch-size", 64, "--max-num-batched-tokens", 2048)  # fmt: skip
-        fleet.start_worker("prefill", "p", *common, "--simulated-step-time", as_text(prefill), num_workers=4)
         fleet.start_worker(
-            "decode", "d", *common, "--simulated-step-time", as_text(decode), "--simulated-transfer-s",
+            "prefill", "p", *common, "--simulated-step-time", as_text(prefill), "--simulated-transfer-s",
             transfer_s, num_workers=4,
         )  # fmt: skip
+        fleet.start_worker("decode", "d", *common, "--simulated-step-time", as_text(decode), num_workers=4)
         for seed in range(repeats):
             # As a replay does, each run starts with a coordinator that has yet to learn the pace.
             fleet.stop_coordinator()
@@ -272,11 +272,9 @@ def _vllm(report: Report) -> None:
         fleet.start_worker(
             "prefill", "p", *common, "--simulated-step-time", as_text(pace.prefill),
             "--prefill-window-tokens", VLLM_WINDOW_TOKENS,
-        )  # fmt: skip
-        fleet.start_worker(
-            "decode", "d", *common, "--simulated-step-time", as_text(pace.decode),
             "--simulated-transfer-s", pace.handoff.transfer_s(float(trace.num_prompt_tokens.mean())),
         )  # fmt: skip
+        fleet.start_worker("decode", "d", *common, "--simulated-step-time", as_text(pace.decode))
         fleet.wait_until_ready()
         found[SIMULATED] = [_observed(play(fleet.address, trace, loop="closed", salt=2))]
     found[REPLAY] = [

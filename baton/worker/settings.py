@@ -70,7 +70,7 @@ class WorkerSettings:
         1, "simulated engine: so many workers in this process, named worker_id-1, -2, …"
     )
     simulated_transfer_s: float = option(
-        0.0, "simulated engine: seconds that the KV of one prompt takes to another worker"
+        0.0, "simulated engine: seconds that a whole prompt's KV takes from this worker to another"
     )
     simulated_mean_output_tokens: int | None = option(
         None, "simulated engine: sequences end by themselves after about so many tokens; absent: never"

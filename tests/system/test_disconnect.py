@@ -33,8 +33,16 @@ def simulated_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]
     fleet = Fleet(tmp_path_factory.mktemp("left"), engine="simulated")
     fleet.start_coordinator()
     worker = ("--max-model-len", "2048", "--num-blocks", "512", "--simulated-step-s", "0.002")
-    fleet.start_worker("prefill", "prefill-1", *worker, "--simulated-prefill-tokens-per-s", "4000")
-    fleet.start_worker("decode", "decode-1", *worker, "--simulated-transfer-s", "0.1")
+    fleet.start_worker(
+        "prefill",
+        "prefill-1",
+        *worker,
+        "--simulated-prefill-tokens-per-s",
+        "4000",
+        "--simulated-transfer-s",
+        "0.1",
+    )
+    fleet.start_worker("decode", "decode-1", *worker)
     try:
         fleet.wait_until_ready()
         yield fleet

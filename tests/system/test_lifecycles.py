@@ -26,6 +26,7 @@ JOIN_TO_FIRST_REQUEST_S = 5.0
 RESTART_TO_SERVICE_S = 10.0
 
 WORKER = ("--max-model-len", "2048", "--num-blocks", "4096", "--simulated-step-s", "0.004")
+SLOW_LINK = ("--simulated-transfer-s", "3")
 PREFILL = (*WORKER, "--simulated-prefill-tokens-per-s", "4000", "--kv-lease-s", "4")
 COORDINATOR = ("--handoff-timeout-s", "3", "--heartbeat-timeout-s", "3")
 FLAGS = {"prefill": PREFILL, "decode": WORKER}
@@ -153,8 +154,8 @@ def test_a_prefill_worker_that_leaves_stays_until_its_kv_is_read_and_goes_at_the
     """
     fleet = Fleet(tmp_path, engine="simulated")
     fleet.start_coordinator("--heartbeat-timeout-s", "3", "--no-join-test")
-    fleet.start_worker("prefill", "prefill-1", *WORKER)
-    fleet.start_worker("decode", "decode-1", *WORKER, "--simulated-transfer-s", "3")
+    fleet.start_worker("prefill", "prefill-1", *WORKER, *SLOW_LINK)
+    fleet.start_worker("decode", "decode-1", *WORKER)
     answers: list[Answer] = []
 
     def ask_one(number: int) -> threading.Thread:
@@ -180,7 +181,7 @@ def test_a_prefill_worker_that_leaves_stays_until_its_kv_is_read_and_goes_at_the
                 leaving.terminate()
             assert processes.wait_for_exit([leaving], 20.0)
             assert leaving.exit_status() == status
-            fleet.start_worker("prefill", f"prefill-{number + 1}", *WORKER)
+            fleet.start_worker("prefill", f"prefill-{number + 1}", *WORKER, *SLOW_LINK)
             asking.join()
             wait_for("the next one", fleet.is_ready, 60.0)
         assert [answer.status for answer in answers] == [200, 200]

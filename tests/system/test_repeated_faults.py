@@ -48,8 +48,8 @@ TYPED = {"worker_lost", "kv_transfer_failed", "engine_failed", "phase_timeout", 
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     fleet = Fleet(tmp_path_factory.mktemp("repeated"), engine="simulated")
     fleet.start_coordinator("--heartbeat-timeout-s", str(HEARTBEAT_TIMEOUT_S))
-    fleet.start_worker("decode", "decode-1", *WORKER, "--simulated-transfer-s", str(TRANSFER_S))
-    fleet.start_worker("prefill", "prefill-1", *PREFILL)
+    fleet.start_worker("decode", "decode-1", *WORKER)
+    fleet.start_worker("prefill", "prefill-1", *PREFILL, "--simulated-transfer-s", str(TRANSFER_S))
     try:
         fleet.wait_until_ready()
         yield fleet
