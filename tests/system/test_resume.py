@@ -231,8 +231,9 @@ def test_pain_9_a_broken_pair_is_fenced_and_the_rest_of_the_fleet_goes_on(fleet:
     """
     fleet.kill("decode-1")
     wait_for("the loss", partial(is_gone, fleet, "decode-1"), 10.0)
-    fleet.start_worker("decode", "decode-1", *WORKER, "--simulated-fault", "transfer:fail:peer=prefill-2")
-    fleet.wait_until_ready()
+    fault = ("--simulated-fault", "transfer:fail:peer=prefill-2")
+    worker = fleet.start_worker("decode", "decode-1", *WORKER, *fault)
+    wait_for("readiness", partial(has_logged, worker, " worker ready "), 60.0)
     broken = ("prefill-2", "decode-1")
     numbers = itertools.count(2000)
 
