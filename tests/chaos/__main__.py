@@ -56,7 +56,9 @@ class Order:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/chaos.sh", description=__doc__)
     parser.add_argument("name", choices=[*SCENARIOS])
-    parser.add_argument("--quick", action="store_true", help="less than a minute: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="does it run? half a minute; real: until its engines are up"
+    )
     parser.add_argument("--minutes", type=float, metavar="N", help="how long the load lasts, at most (real)")
     parser.add_argument(
         "--transfer", choices=["pull", "stream"], help="how KV moves; absent: the workers' default"
