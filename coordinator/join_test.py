@@ -12,7 +12,8 @@ it has been seen to be right.
 
 The first prefill and the first decode worker try each other; whoever comes later is tried with one that
 serves already. A test that could not be carried out (a failed transfer, a time-out) lets the worker in
-with a warning: what fails aloud is each request's own business, this is about what fails silently.
+with a warning: what fails aloud is each request's own business, this is about what fails silently. A
+worker that passed says so when it registers again, here or with the next coordinator: it is the same process.
 
 The second answer is computed with prompt logprobs, for which engines read no prefix cache: the cache has
 just been filled by the KV that is in question.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import Counter, OrderedDict
+from collections import Counter
 from enum import Enum
 
 import msgspec
@@ -31,6 +32,7 @@ from baton.contract.errors import EngineFailed, RegistrationRefused, ServingErro
 from baton.contract.lifecycle import PHASES, Way, WorkerRole
 from baton.contract.messages import (
     AbortLeg,
+    JoinTestPassed,
     LegFailed,
     PrefillFinished,
     SequenceDelta,
@@ -62,9 +64,6 @@ TIMEOUT_S = 30.0
 
 MAX_AT_ONCE = 4
 """Tests that one serving worker takes part in."""
-
-NUM_REMEMBERED = 4096
-"""Processes that passed: one that registers again is not tested again."""
 
 _SPEC = SamplingSpec(
     max_tokens=NUM_OUTPUT_TOKENS, temperature=0.0, ignore_eos=True, logprobs=NUM_ALTERNATIVES
@@ -185,8 +184,6 @@ class JoinTests:
         """By the ids of their legs."""
         self._num_tests: Counter[str] = Counter()
         """Going on, by worker id."""
-        self._passed: OrderedDict[str, None] = OrderedDict()
-        """Boot ids."""
 
     def knows(self, handoff_id: str, worker: Worker) -> bool:
         """This worker has a leg of that name, of a test that is going on."""
@@ -197,7 +194,7 @@ class JoinTests:
 
     def joined(self, worker: Worker, now_s: float) -> list[Action]:
         """Call before anything is dispatched to it."""
-        if worker.registration.boot_id not in self._passed:
+        if not worker.registration.has_passed_join_test:
             self._fleet.put_on_trial(worker)
         return self._match(now_s)
 
@@ -272,8 +269,9 @@ class JoinTests:
         if found is None:
             event(logger, "join test passed", prefill=trial.prefill.worker_id,
                   decode=trial.decode.worker_id, took_s=now_s - trial.started_s)  # fmt: skip
+            passed: list[Action] = [Send(worker.worker_id, JoinTestPassed()) for worker in trial.on_trial]
             self._let_in(trial.on_trial)
-            return self._match(now_s)
+            return passed + self._match(now_s)
         return self._refuse(trial, found) + self._match(now_s)
 
     def failed(self, message: LegFailed, now_s: float) -> list[Action]:
@@ -301,9 +299,6 @@ class JoinTests:
     def _let_in(self, workers: list[Worker]) -> None:
         for worker in workers:
             self._fleet.let_in(worker)
-            self._passed[worker.registration.boot_id] = None
-            if len(self._passed) > NUM_REMEMBERED:
-                self._passed.popitem(last=False)
 
     def _refuse(self, trial: _Trial, found: str) -> list[Action]:
         """The one that came last: if both are on trial, nobody can say which of the two is wrong."""

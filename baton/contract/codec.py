@@ -8,7 +8,9 @@ PROTOCOL_VERSION history
   2  2026-11-21  KV events: KvEvents, AskKvReplay, RegisterWorker.has_kv_events; hits in Placement;
                  role `both`, SequenceDelta.prompt_logprobs, Placement.way,
                  WorkerLoad.scheduler, SamplingSpec.service
-  3  2026-11-21  NoMoreLegs answers WorkerLeaving: a worker that drains waits for it
+  3  2026-11-21  NoMoreLegs answers WorkerLeaving: a worker that drains waits for it; JoinTestPassed,
+                 StillThere, num_given_tokens of a leg; SequenceDelta.has_lost_kv,
+                 WorkerLoad.num_kv_digest_mismatches
 """
 
 from __future__ import annotations

@@ -201,6 +201,8 @@ class RegisterWorker(Message, frozen=True, kw_only=True):
     """Its streams bring the first token along, or take one; see `KvSource.has_first_token`."""
     has_kv_events: bool = False
     """It tells which prompt blocks it holds (`KvEvents`); otherwise no hits are predicted for it."""
+    has_passed_join_test: bool = False
+    """A coordinator has told this process `JoinTestPassed`: this one or one before it."""
     sent_s: float | None = None
     """The worker's own clock; see `Heartbeat.sent_s`."""
 
@@ -273,6 +275,11 @@ class WorkerAccepted(Message, frozen=True, kw_only=True):
 
 class WorkerRefused(Message, frozen=True, kw_only=True):
     error: ErrorReport
+
+
+class JoinTestPassed(Message, frozen=True, kw_only=True):
+    """A hand-off with this worker was seen to be right. It says so when it registers again, so that a new
+    coordinator has a fleet to serve with at once."""
 
 
 class RegisterAgain(Message, frozen=True, kw_only=True):
@@ -444,6 +451,7 @@ WorkerMessage = (
 CoordinatorMessage = (
     WorkerAccepted
     | WorkerRefused
+    | JoinTestPassed
     | RegisterAgain
     | StartPrefill
     | StartDecode

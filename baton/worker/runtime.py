@@ -36,6 +36,7 @@ from baton.contract.messages import (
     CoordinatorMessage,
     DrainWorker,
     Heartbeat,
+    JoinTestPassed,
     KvEvent,
     KvEvents,
     LegFailed,
@@ -118,6 +119,7 @@ class WorkerRuntime:
         self._journal = KvJournal()
         self._num_prefill_tokens_told = 0
         self._has_been_ready = False
+        self._has_passed_join_test = False
         self._last_lease_end_s = 0.0
         self._num_farewells = 0
         self._is_draining = False
@@ -247,6 +249,7 @@ class WorkerRuntime:
             stream_params=description.stream_params,
             streams_first_token=description.streams_first_token,
             has_kv_events=description.has_kv_events,
+            has_passed_join_test=self._has_passed_join_test,
             sent_s=self._clock.now_s(),
         )
         self._channel.send(codec.encode(registration))
@@ -341,6 +344,8 @@ class WorkerRuntime:
                 self._on_start(message)
             case AbortLeg():
                 self._engine.abort(message.handoff_id)
+            case JoinTestPassed():
+                self._has_passed_join_test = True
             case StillThere():
                 pass
             case AskKvReplay():

@@ -12,6 +12,7 @@ import pytest
 from baton.contract.errors import ErrorReport
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import (
+    JoinTestPassed,
     KvSource,
     LegFailed,
     Message,
@@ -44,6 +45,7 @@ class Workers:
         self.bench = bench
         self.weights: dict[str, int] = {}
         self.refused: dict[str, str] = {}
+        self.passed: set[str] = set()
         self.told: list[Message] = []
 
     def join(self, worker_id: str, role: WorkerRole, weights: int = 1, **changes: Any) -> None:
@@ -57,6 +59,9 @@ class Workers:
 
     def answer_one(self) -> None:
         worker_id, message = self.bench.sent.pop(0)
+        if isinstance(message, JoinTestPassed):
+            self.passed.add(worker_id)
+            return
         self.told.append(message)
         bench, core, worker = self.bench, self.bench.core, self.bench.worker(worker_id)
         if isinstance(message, WorkerRefused):
@@ -204,13 +209,15 @@ def test_a_counterpart_that_is_lost_is_replaced(workers: Workers) -> None:
 
 
 def test_a_process_that_passed_is_not_tested_again(workers: Workers) -> None:
-    """It registers again after a silence; a new process under its name is tested."""
+    """It says so when it registers again, here or elsewhere; a new process under its name is tested."""
     bench = workers.bench
     workers.join("p0", PREFILL)
     workers.join("d0", DECODE)
     workers.answer()
-    workers.join("p0", PREFILL)
+    assert workers.passed == {"p0", "d0"}
+    workers.join("p0", PREFILL, has_passed_join_test=True)
     assert not bench.sent
+    assert workers.serving() == {"p0", "d0"}
     workers.join("p0", PREFILL, boot_id="another")
     assert workers.serving() == {"d0"}
     workers.answer()

@@ -152,7 +152,7 @@ def test_with_somebody_else_there_nobody_hears_of_it(transfer: str) -> None:
         for member in fleet.members.values():
             assert member.engine.num_stray_writes == 0
 
-    in_fleet(scenario, max_attempts=20, prefill_s=2.0, decode_s=2.0)
+    in_fleet(scenario, max_attempts=6, prefill_s=2.0, decode_s=2.0)
 
 
 @pytest.mark.parametrize("transfer", ["pull", "stream"])
@@ -176,4 +176,4 @@ def test_a_process_dies_ten_times_and_is_back(name: str, fault: str, transfer: s
             assert name not in fleet.members
         await fleet.idle(PROMISE_S)
 
-    in_fleet(scenario, max_attempts=20, prefill_s=2.0, decode_s=2.0)
+    in_fleet(scenario, max_attempts=6, prefill_s=2.0, decode_s=2.0)

@@ -17,6 +17,7 @@ from baton.contract.messages import (
     BlocksStored,
     DrainWorker,
     Heartbeat,
+    JoinTestPassed,
     KvEvents,
     KvSource,
     LegFailed,
@@ -141,17 +142,20 @@ async def test_a_coordinator_that_is_gone_ends_its_legs_at_once_successor_or_not
     """
     1. a leg runs; the coordinator's process ends and nobody takes its place: the leg is aborted, since
        whoever wanted it was connected there
-    2. a new one comes up on the same port: the worker registers, and serves
+    2. a new one comes up on the same port: the worker registers, says what it has passed, and serves
     """
     coordinator, engine = make_coordinator(), make_engine()
     async with run_runtime(engine, coordinator.address):
         await coordinator.expect(Heartbeat)
+        coordinator.send(JoinTestPassed())
         coordinator.send(start_decode("h1"))
         await engine.expect(1)
         coordinator.close()
         assert (await engine.expect(2))[1] == ("abort", "h1")
         successor = make_coordinator(port=coordinator.port, boot_id="c2")
         await successor.expect(Heartbeat)
+        told = [c.of(RegisterWorker)[-1].has_passed_join_test for c in (coordinator, successor)]
+        assert told == [False, True]
         successor.send(start_decode("h2"))
         assert (await engine.expect(3))[2].handoff_id == "h2"
         engine.finish("h2")
