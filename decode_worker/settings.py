@@ -12,8 +12,9 @@ from baton.worker.settings import WorkerSettings
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeWorkerSettings(WorkerSettings):
     kv_load_failure_policy: Literal["recompute", "fail"] = option(
-        "recompute",
-        "when KV does not arrive, or too late to be trusted: compute the prompt here, or fail the leg",
+        "fail",
+        "when KV does not arrive, or too late to be trusted: fail the leg, so that the coordinator decides "
+        "(--transfer-failure-policy), counts it and learns which pair it was; or compute the prompt here",
     )
     scheduler: Literal["fcfs", "skip-join-mlfq"] = option(
         "fcfs",

@@ -28,7 +28,9 @@ class BothWorkerSettings(WorkerSettings):
         "rest waits at the coordinator; absent: 512 on cpu, 32768 on cuda",
     )
     kv_load_failure_policy: Literal["recompute", "fail"] = option(
-        "recompute", "when another worker's KV does not arrive in time: compute the prompt here, or fail"
+        "fail",
+        "when another worker's KV does not arrive in time: fail the leg, for the coordinator to decide; or "
+        "compute the prompt here",
     )
 
     def __post_init__(self) -> None:
