@@ -20,7 +20,7 @@ import pytest
 from baton.client import BatonClient
 from baton.processes import RecordedProcess
 from tests.system.cases import random_prompt
-from tests.system.fleet import Fleet, wait_for
+from tests.system.fleet import Answer, Fleet, wait_for
 
 COORDINATOR = (
     "--heartbeat-timeout-s", "30", "--queue-timeout-s", "30", "--prefill-policy", "random",
@@ -237,14 +237,22 @@ def test_pain_9_a_broken_pair_is_fenced_and_the_rest_of_the_fleet_goes_on(fleet:
     broken = ("prefill-2", "decode-1")
     numbers = itertools.count(2000)
 
-    def serve() -> tuple[str, str]:
+    def serve() -> Answer:
         answer = fleet.complete(**body(next(numbers), max_tokens=3))
         assert answer.status == 200
-        return answer.headers["x-baton-prefill-worker"], answer.headers["x-baton-decode-worker"]
+        return answer
+
+    def is_computed_again() -> bool:
+        return serve().headers["x-baton-attempts"] == "2"
 
     for _ in range(3):
-        wait_for("a request over the broken pair", lambda: serve() == broken, 60.0)
-    pairs = {serve() for _ in range(40)}
+        wait_for("a request over the broken pair", is_computed_again, 60.0)
+    answers = [serve() for _ in range(40)]
+    assert {answer.headers["x-baton-attempts"] for answer in answers} == {"1"}
+    pairs = {
+        tuple(answer.headers[f"x-baton-{role}-worker"] for role in ("prefill", "decode"))
+        for answer in answers
+    }
     assert pairs == {(f"prefill-{p}", f"decode-{d}") for p in (1, 2) for d in (1, 2)} - {broken}
     (bad,) = fleet.snapshot()["bad_pairs"]
     assert (bad["prefill_worker"], bad["decode_worker"], bad["num_failures"]) == ("prefill-2", "decode-1", 3)
