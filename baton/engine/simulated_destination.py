@@ -42,6 +42,7 @@ from baton.handoff.destination import (
     WriteArrived,
 )
 from baton.handoff.moves import ReservationState
+from baton.handoff.timing import RESEND_S, SILENCE_S, TIMER_S
 from baton.transfer.stream_wire import (
     CancelDone,
     CancelStream,
@@ -52,10 +53,6 @@ from baton.transfer.stream_wire import (
 )
 
 logger = logging.getLogger(__name__)
-
-SILENCE_S = 10.0
-RESEND_S = 1.0
-TIMER_S = 0.2
 
 
 class _Expectation:

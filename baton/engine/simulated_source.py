@@ -40,6 +40,7 @@ from baton.handoff.source import (
     Write,
     WriteEnded,
 )
+from baton.handoff.timing import MAX_OUTSTANDING_BYTES, REASSURE_EVERY_S, TIMER_S
 from baton.transfer.stream_wire import (
     BlocksWritten,
     CancelDone,
@@ -52,9 +53,6 @@ from baton.transfer.stream_wire import (
 
 logger = logging.getLogger(__name__)
 
-MAX_OUTSTANDING_BYTES = 1 << 30
-REASSURE_EVERY_S = 2.0
-TIMER_S = 0.2
 MIN_TIMER_S = 0.02
 """It looks at every hold and stream, so not with every step."""
 

@@ -47,6 +47,7 @@ from baton.handoff.source import (
     ReleaseWanted,
     SourceTable,
 )
+from baton.handoff.timing import MAX_OUTSTANDING_BYTES, REASSURE_EVERY_S, RESEND_S, SILENCE_S, TIMER_S
 from baton.transfer.lease import DEFAULT_PULL_TIMEOUT_S
 from baton.transfer.nixl_connector import LeasedPullWorker
 from baton.transfer.nixl_stream_peers import KvMemory
@@ -74,14 +75,8 @@ from baton.transfer.stream_wire import (
 
 logger = init_logger(f"vllm.{__name__}")
 
-MAX_OUTSTANDING_BYTES = 1 << 30
-"""To one destination rank. What exceeds it waits behind the cursor."""
 WRITES_IN_LINE = 3
 """A write may wait behind others, so it is given this many times what a read is."""
-REASSURE_EVERY_S = 2.0
-SILENCE_S = 10.0
-RESEND_S = 1.0
-TIMER_S = 0.2
 PROBE_TIMEOUT_S = 1.0
 
 

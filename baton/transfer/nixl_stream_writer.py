@@ -38,6 +38,7 @@ from baton.handoff.source import (
     Write,
     WriteEnded,
 )
+from baton.handoff.timing import TIMER_S
 from baton.transfer.nixl_stream_peers import KvMemory, LayoutsDiffer, StreamPeer
 from baton.transfer.stream_wire import (
     BlocksWritten,
@@ -61,7 +62,6 @@ STREAM_POLL_S = 0.004
 """Streams exist; their next fact comes from the model thread and wakes us."""
 IDLE_POLL_S = 0.05
 """Nothing to do but to answer a destination that cancels or registers."""
-TIMER_S = 0.2
 PREEMPTION_PATIENCE_S = 30.0
 JOIN_TIMEOUT_S = 5.0
 

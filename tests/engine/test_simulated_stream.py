@@ -9,9 +9,9 @@ import random
 import pytest
 
 from baton.clock import ManualClock
-from baton.engine.simulated_destination import SILENCE_S
 from baton.engine.simulated_faults import Faults
 from baton.engine.simulated_link import Greeting, LinkServer
+from baton.handoff.timing import SILENCE_S
 from baton.step_time import LinearStepTime
 from tests.engine.simulated import (
     all_free,

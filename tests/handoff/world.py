@@ -41,8 +41,9 @@ from baton.handoff.source import (
     Write,
     WriteEnded,
 )
+from baton.handoff.timing import RESEND_S, SILENCE_S
 
-LEASE_S, SILENCE_S, RESEND_S = 30.0, 10.0, 1.0
+LEASE_S = 30.0
 NUM_LAYERS = 2
 
 
