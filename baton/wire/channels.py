@@ -32,6 +32,10 @@ starve the doors. A worker that tells its whole prefix cache sends hundreds that
 
 KEEPALIVE_MS = 2_000
 
+LET_GO_S = (0.05, 0.5)
+"""ZeroMQ tells the end of a connection just before its socket lets go of that peer: a message sent in
+between still goes to nobody. So it is told again after these delays."""
+
 
 class _Channel(ABC):
     def __init__(self, kind: int, context: zmq.Context[zmq.Socket[bytes]] | None) -> None:
@@ -120,12 +124,14 @@ class RouterChannel(_Channel):
         on_disconnect: Callable[[], None] | None = None,
     ) -> None:
         """on_frames(peer, frames): frames without the identity; a well-formed message has one.
-        on_disconnect(): some connection has ended. ZeroMQ does not say whose; a `send` to it fails."""
+        on_disconnect(): some connection has ended. ZeroMQ does not say whose; a `send` to it fails, perhaps
+        only a moment later, so this is called again after each of LET_GO_S."""
         super().__init__(zmq.ROUTER, context)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._on_frames = on_frames
         self._on_disconnect = on_disconnect
         self._monitor: zmq.Socket[bytes] | None = None
+        self._told_again: list[asyncio.TimerHandle] = []
         if on_disconnect is not None:
             self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
@@ -142,7 +148,12 @@ class RouterChannel(_Channel):
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
             self._monitor = None
+        self._cancel_told_again()
         super().close(linger_ms)
+
+    def _cancel_told_again(self) -> None:
+        for handle in self._told_again:
+            handle.cancel()
 
     def _read_monitor(self) -> None:
         has_ended = False
@@ -152,7 +163,9 @@ class RouterChannel(_Channel):
             except zmq.Again:
                 break
             has_ended = True
-        if has_ended and self._on_disconnect is not None:
+        if has_ended and self._on_disconnect is not None and self._loop is not None:
+            self._cancel_told_again()
+            self._told_again = [self._loop.call_later(delay_s, self._on_disconnect) for delay_s in LET_GO_S]
             self._on_disconnect()
 
     def bind(self, address: str) -> str:
@@ -195,7 +208,7 @@ class DealerChannel(_Channel):
         on_connected: Callable[[], None] | None = None,
     ) -> None:
         """`on_disconnected()`: a connection that stood is gone; called after everything that had arrived
-        over it was delivered. `on_connected()`: one stands."""
+        over it was delivered. `on_connected()`: one stands; called before anything that arrives over it."""
         super().__init__(zmq.DEALER, context)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 100)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
@@ -230,6 +243,11 @@ class DealerChannel(_Channel):
             self._after_send()
         return True
 
+    def _drain(self) -> None:
+        if self._watch is not None and not self._watch.is_connected:
+            self._watch.look()  # the descriptor of messages may be the first to wake the loop
+        super()._drain()
+
     def _deliver(self, frames: list[bytes]) -> None:
         self._on_frames(frames)
 
@@ -252,17 +270,18 @@ class _ConnectionWatch:
         self._has_unread = has_unread
         self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._fd = int(self._monitor.getsockopt(zmq.FD))
-        self._told = {
-            int(zmq.EVENT_HANDSHAKE_SUCCEEDED): on_connected, int(zmq.EVENT_DISCONNECTED): on_disconnected
-        }  # fmt: skip
+        self._on_connected = on_connected
+        self._on_disconnected = on_disconnected
+        self.is_connected = False
+        """As far as it was told."""
         self._untold: list[int] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._fd, self._look)
-        self._loop.call_soon(self._look)
+        self._loop.add_reader(self._fd, self.look)
+        self._loop.call_soon(self.look)
 
     def close(self) -> None:
         if self._is_closed:
@@ -273,7 +292,8 @@ class _ConnectionWatch:
         self._watched.disable_monitor()
         self._monitor.close(linger=0)
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Tell what has happened since the last look."""
         assert self._loop is not None
         while not self._is_closed:
             try:
@@ -281,10 +301,13 @@ class _ConnectionWatch:
             except zmq.Again:
                 break
         while self._untold and not self._is_closed:
-            if self._has_unread():
-                self._loop.call_soon(self._look)  # what arrived before goes first
+            is_connected = self._untold[0] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if not is_connected and self._has_unread():
+                self._loop.call_soon(self.look)  # what arrived before the end goes first
                 return
-            self._told[self._untold.pop(0)]()
+            del self._untold[0]
+            self.is_connected = is_connected
+            (self._on_connected if is_connected else self._on_disconnected)()
 
 
 class SubscriberChannel(_Channel):
