@@ -40,8 +40,8 @@ from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
 from baton.demo_model import build_demo_model
 from baton.engine.base import FinishedPrefill
-from baton.engine.vllm_engine import VllmEngine
-from baton.engine.vllm_settings import VllmEngineSettings, engine_arguments, transfer_arguments
+from baton.engine.vllm.engine import VllmEngine
+from baton.engine.vllm.settings import VllmEngineSettings, engine_arguments, transfer_arguments
 from benchmarks.cpu_time import quiet_check
 from benchmarks.figures import Bar, Figure, Report
 from benchmarks.samples import paired_ratios, spread

@@ -88,7 +88,7 @@ def start_pair(model: Path, *, is_stock: bool = False, **settings: Any) -> Engin
         if is_stock:
             from benchmarks.stock_engine import StockEngine, stock_arguments
 
-            stack.enter_context(mock.patch("baton.engine.vllm_engine.transfer_arguments", stock_arguments))
+            stack.enter_context(mock.patch("baton.engine.vllm.engine.transfer_arguments", stock_arguments))
             common["engine_class"] = StockEngine
         pair.run(pair.start(**(common | settings)), timeout_s=300.0)
     return pair

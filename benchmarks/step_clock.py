@@ -51,7 +51,7 @@ def engine_arguments(model: str, choice: EngineChoice) -> dict[str, Any]:
         "kv_cache_memory_bytes": 256 << 20,
         "num_gpu_blocks_override": choice.num_blocks + 1,
         "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
-        "worker_cls": "baton.engine.vllm_cpu_worker.BatonCPUWorker",
+        "worker_cls": "baton.engine.vllm.cpu_worker.BatonCPUWorker",
         "disable_log_stats": True,
     }
     if not is_stock:
@@ -64,7 +64,7 @@ def engine_arguments(model: str, choice: EngineChoice) -> dict[str, Any]:
 
         arguments["kv_transfer_config"] = KVTransferConfig(
             kv_connector="HostSwapConnector",
-            kv_connector_module_path="baton.engine.vllm_host_swap",
+            kv_connector_module_path="baton.engine.vllm.host_swap",
             kv_role="kv_both",
             kv_connector_extra_config={"host_kv_bytes": choice.host_kv_bytes},
         )

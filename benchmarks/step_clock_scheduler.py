@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.engine.vllm_mlfq_scheduler import MlfqScheduler
+from baton.engine.vllm.mlfq_scheduler import MlfqScheduler
 from benchmarks.step_clock import STEP_S
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from baton.engine.vllm_engine import LEASE_END_S, VllmEngine
-from baton.engine.vllm_settings import VllmEngineSettings, transfer_arguments
+from baton.engine.vllm.engine import LEASE_END_S, VllmEngine
+from baton.engine.vllm.settings import VllmEngineSettings, transfer_arguments
 
 
 class StockEngine(VllmEngine):
@@ -19,7 +19,7 @@ class StockEngine(VllmEngine):
 
 
 def stock_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
-    """In place of `baton.engine.vllm_engine.transfer_arguments`."""
+    """In place of `baton.engine.vllm.engine.transfer_arguments`."""
     return {
         "kv_connector": "NixlConnector",
         "kv_role": transfer_arguments(settings)["kv_role"],

@@ -32,7 +32,7 @@ NUM_RATES = 5
 
 def start_pair(model: Path, policy: str) -> EnginePair:
     pair = EnginePair(model)
-    with mock.patch("baton.engine.vllm_engine.transfer_arguments", faulty_transfer_arguments):
+    with mock.patch("baton.engine.vllm.engine.transfer_arguments", faulty_transfer_arguments):
         pair.run(
             pair.start(
                 transfer="stream",

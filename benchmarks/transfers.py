@@ -32,8 +32,8 @@ from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
 from baton.demo_model import build_demo_model
 from baton.engine.base import FinishedPrefill
-from baton.engine.vllm_engine import VllmEngine
-from baton.engine.vllm_settings import VllmEngineSettings
+from baton.engine.vllm.engine import VllmEngine
+from baton.engine.vllm.settings import VllmEngineSettings
 from baton.process_guard import ProcessIdentity
 
 STALL_S = 1.0

@@ -25,7 +25,7 @@ import sys
 from typing import Any
 
 from baton.contract.lifecycle import WorkerRole
-from baton.engine.vllm_settings import (
+from baton.engine.vllm.settings import (
     VllmEngineSettings,
     engine_arguments,
     set_environment,

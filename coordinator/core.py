@@ -52,7 +52,7 @@ from coordinator.dispatch import BadPair, Dispatch
 from coordinator.first_token import is_usable, without_repeated
 from coordinator.fleet import FleetView, Worker
 from coordinator.intake import FleetFacts, ResultSink, Submission
-from coordinator.join_test import JoinTests
+from coordinator.joining import JoinTests
 from coordinator.legs import with_lease_left
 from coordinator.prefixes import FleetPrefixes
 from coordinator.recovery import RecoveryPolicy, give_back, is_failed_handoff, remedy_for, waited_in_vain

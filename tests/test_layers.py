@@ -45,7 +45,7 @@ LAYERS: list[list[str]] = [
 """baton.contract and its siblings of the first layer import nothing of ours but baton.contract."""
 
 ONLY_IN = {
-    "vllm": ("baton.engine.vllm_", "baton.transfer.nixl_"),
+    "vllm": ("baton.engine.vllm.", "baton.transfer.nixl_"),
     "nixl": ("baton.transfer.nixl_",),
     "zmq": ("baton.wire",),
 }
@@ -164,7 +164,7 @@ def test_every_module_has_a_place():
         ("coordinator.core", "prefill_worker.worker"),
         ("coordinator.core", "baton.engine.base"),
         ("baton.worker.runtime", "zmq"),
-        ("baton.engine.simulated", "vllm.sampling_params"),
+        ("baton.engine.simulated.engine", "vllm.sampling_params"),
         ("baton.policy.base", "torch"),
         ("baton.contract.codec", "baton.wire.endpoints"),
         ("baton.wire.channels", "baton.transfer.lease"),

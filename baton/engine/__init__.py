@@ -1,2 +1,2 @@
-"""Engines behind one interface. Only the `vllm_` modules import vllm; the simulated engine stands
-beside theirs with equal rights."""
+"""Engines behind one interface. `vllm/` alone imports vllm; the simulated engine stands beside
+it with equal rights."""

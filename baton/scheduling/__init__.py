@@ -1,6 +1,6 @@
 """Which of a worker's requests get the next engine step: pure policies, time and facts in, order out.
 
-The same objects run inside vLLM's scheduler (`baton.engine.vllm_mlfq_scheduler`) and inside simulated
+The same objects run inside vLLM's scheduler (`baton.engine.vllm.mlfq_scheduler`) and inside simulated
 engines. Nothing here knows an engine, reads a clock or does I/O.
 """
 

@@ -1,7 +1,7 @@
 """One engine worker without an engine: time goes in, steps come out, nothing waits and nothing is sent.
 
 `SimulatedWorker` is stepped by whoever drives it: `baton.replay` in virtual time, the simulated
-engine (`baton.engine.simulated`) in real time.
+engine (`baton.engine.simulated.engine`) in real time.
 """
 
 from baton.simulation.kv_cache import PrefixCache

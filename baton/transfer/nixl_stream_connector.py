@@ -45,7 +45,7 @@ class StreamingNixlConnector(LeasedNixlConnector):
         return self._stream_worker.take_first_tokens()
 
     def take_first_tokens(self) -> dict[str, int]:
-        """For vLLM's scheduler (`baton.engine.vllm_first_token`)."""
+        """For vLLM's scheduler (`baton.engine.vllm.first_token`)."""
         assert isinstance(self.connector_scheduler, StreamScheduler)
         return self.connector_scheduler.take_first_tokens()
 

@@ -71,9 +71,9 @@ def _simulated(
     kv_lease_s: int,
     kv_load_failure_policy: Literal["recompute", "fail"],
 ) -> Engine:
-    from baton.engine.simulated import SimulatedEngine
-    from baton.engine.simulated_faults import Faults
-    from baton.engine.simulated_settings import SimulatedEngineSettings, kv_bytes_per_block
+    from baton.engine.simulated.engine import SimulatedEngine
+    from baton.engine.simulated.faults import Faults
+    from baton.engine.simulated.settings import SimulatedEngineSettings, kv_bytes_per_block
 
     block_bytes = kv_bytes_per_block(settings.block_size_tokens)
     num_blocks = settings.num_blocks or max(1, int((settings.kv_cache_gib or 1.0) * GIB) // block_bytes)
@@ -115,8 +115,8 @@ def _vllm(
     kv_load_failure_policy: Literal["recompute", "fail"],
     schedule: EngineSchedule,
 ) -> Engine:
-    from baton.engine.vllm_engine import VllmEngine
-    from baton.engine.vllm_settings import VllmEngineSettings
+    from baton.engine.vllm.engine import VllmEngine
+    from baton.engine.vllm.settings import VllmEngineSettings
 
     assert settings.model is not None
     kv_cache_gib = settings.kv_cache_gib

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from baton.engine.simulated_faults import parse_fault
+from baton.engine.simulated.faults import parse_fault
 from baton.settings import SettingsError, option
 from baton.step_time.text import parse_step_time
 from baton.wire.endpoints import DEFAULT_FLEET_PORT, DEFAULT_HOST, parse_address

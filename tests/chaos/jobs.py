@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
-from baton.engine.simulated_model import SimulatedSequence
+from baton.engine.simulated.model import SimulatedSequence
 from baton.history import End
 from tests.chaos.client import Job, ask
 from tests.system.cases import random_prompt

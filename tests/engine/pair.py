@@ -25,7 +25,7 @@ from baton.contract.tokens import pack_token_ids
 from baton.engine.base import EngineDescription, FinishedPrefill
 
 if TYPE_CHECKING:
-    from baton.engine.vllm_engine import VllmEngine
+    from baton.engine.vllm.engine import VllmEngine
 
 T = TypeVar("T")
 
@@ -166,8 +166,8 @@ class EnginePair:
         engine_class: type[VllmEngine] | None = None,
         **settings: Any,
     ) -> None:
-        from baton.engine.vllm_engine import VllmEngine
-        from baton.engine.vllm_settings import VllmEngineSettings
+        from baton.engine.vllm.engine import VllmEngine
+        from baton.engine.vllm.settings import VllmEngineSettings
 
         common: dict[str, Any] = {
             "model": str(self.model),

@@ -45,7 +45,7 @@ def hasher() -> Any:
 def host_swap(num_bytes: int = 1 << 30) -> KVTransferConfig:
     return KVTransferConfig(
         kv_connector="HostSwapConnector",
-        kv_connector_module_path="baton.engine.vllm_host_swap",
+        kv_connector_module_path="baton.engine.vllm.host_swap",
         kv_role="kv_both",
         kv_connector_extra_config={"host_kv_bytes": num_bytes},
     )

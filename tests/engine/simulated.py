@@ -13,9 +13,9 @@ from baton.contract.messages import KvSource, StartDecode, StartPrefill
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
 from baton.engine.base import EngineDescription
-from baton.engine.simulated import SimulatedEngine
-from baton.engine.simulated_model import SimulatedSequence
-from baton.engine.simulated_settings import SimulatedEngineSettings
+from baton.engine.simulated.engine import SimulatedEngine
+from baton.engine.simulated.model import SimulatedSequence
+from baton.engine.simulated.settings import SimulatedEngineSettings
 
 DEADLINE_S = 20.0
 

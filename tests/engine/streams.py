@@ -10,7 +10,7 @@ from baton.contract.messages import KvSource
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
 from baton.engine.base import FinishedPrefill
-from baton.engine.vllm_settings import VllmEngineSettings, transfer_arguments
+from baton.engine.vllm.settings import VllmEngineSettings, transfer_arguments
 from tests.engine.pair import EnginePair, LegResult, begin_prefill
 
 GREEDY = SamplingSpec(max_tokens=12, temperature=0.0, ignore_eos=True)

@@ -164,16 +164,16 @@ def tokens_of(deltas: list[SequenceDelta]) -> list[int]:
 
 
 def simulated_engines() -> tuple[Engine, Engine]:
-    from baton.engine.simulated import SimulatedEngine
-    from baton.engine.simulated_settings import SimulatedEngineSettings
+    from baton.engine.simulated.engine import SimulatedEngine
+    from baton.engine.simulated.settings import SimulatedEngineSettings
 
     settings = SimulatedEngineSettings(block_size_tokens=BLOCK, max_model_len=MAX_MODEL_LEN, num_blocks=512)
     return SimulatedEngine(settings), SimulatedEngine(settings)
 
 
 def vllm_engines(model: str) -> tuple[Engine, Engine]:
-    from baton.engine.vllm_engine import VllmEngine
-    from baton.engine.vllm_settings import VllmEngineSettings
+    from baton.engine.vllm.engine import VllmEngine
+    from baton.engine.vllm.settings import VllmEngineSettings
 
     def engine(role: WorkerRole) -> Engine:
         return VllmEngine(

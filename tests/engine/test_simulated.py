@@ -13,7 +13,7 @@ from baton.clock import ManualClock
 from baton.contract.messages import KvSource
 from baton.contract.sampling import StructuredOutput
 from baton.contract.tokens import pack_token_ids
-from baton.engine.simulated_model import EOS_TOKEN_ID, kv_of
+from baton.engine.simulated.model import EOS_TOKEN_ID, kv_of
 from baton.policy.kv_feed import KvFeeds
 from baton.policy.kv_index import KvIndex
 from baton.step_time import LinearStepTime

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from baton.contract.errors import ERROR_TYPES
-from baton.engine.simulated_faults import ACTIONS, Faults, parse_fault
+from baton.engine.simulated.faults import ACTIONS, Faults, parse_fault
 from baton.step_time import LinearStepTime
 from tests.engine.simulated import decode, generated, in_loop, prefill, running
 

@@ -9,8 +9,8 @@ import random
 import pytest
 
 from baton.clock import ManualClock
-from baton.engine.simulated_faults import Faults
-from baton.engine.simulated_link import Greeting, LinkServer
+from baton.engine.simulated.faults import Faults
+from baton.engine.simulated.link import Greeting, LinkServer
 from baton.handoff.timing import SILENCE_S
 from baton.step_time import LinearStepTime
 from tests.engine.simulated import (

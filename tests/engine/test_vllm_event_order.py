@@ -7,7 +7,7 @@ import pytest
 
 from baton.contract.messages import AllBlocksCleared, BlocksRemoved, BlocksStored
 from baton.contract.tokens import pack_token_ids
-from baton.engine.vllm_kv_events import EventOrder, events_of
+from baton.engine.vllm.kv_events import EventOrder, events_of
 
 pytestmark = pytest.mark.filterwarnings("default")
 

@@ -50,7 +50,7 @@ def test_text_after_a_cut_is_that_of_an_uncut_run(demo_model: Path, sampling: di
     from transformers import AutoTokenizer
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-    from baton.engine.vllm_given_tokens import read_again
+    from baton.engine.vllm.given_tokens import read_again
 
     tokenizer = AutoTokenizer.from_pretrained(str(demo_model))
     prompt, output = tokenizer.encode("hello "), tokenizer.encode(TEXT)

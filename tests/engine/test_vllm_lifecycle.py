@@ -34,8 +34,8 @@ def _no_leftovers() -> Iterator[None]:
 OWNER = """
 import asyncio, sys
 from baton.contract.lifecycle import WorkerRole
-from baton.engine.vllm_engine import VllmEngine
-from baton.engine.vllm_settings import VllmEngineSettings
+from baton.engine.vllm.engine import VllmEngine
+from baton.engine.vllm.settings import VllmEngineSettings
 
 class Silent:
     def on_step(self, deltas): pass
@@ -127,8 +127,8 @@ def test_killed_owner_leaves_nothing_behind(
 
 
 def test_a_port_that_is_taken_is_an_error_at_once(demo_model: Path) -> None:
-    from baton.engine.vllm_engine import VllmEngine
-    from baton.engine.vllm_settings import VllmEngineSettings
+    from baton.engine.vllm.engine import VllmEngine
+    from baton.engine.vllm.settings import VllmEngineSettings
 
     async def scenario() -> None:
         with socket.socket() as taken:
@@ -150,8 +150,8 @@ def test_a_start_can_be_cancelled(demo_model: Path) -> None:
     1. the engine is loading: a child process exists
     2. the start is cancelled: it ends soon and the child with it
     """
-    from baton.engine.vllm_engine import VllmEngine
-    from baton.engine.vllm_settings import VllmEngineSettings
+    from baton.engine.vllm.engine import VllmEngine
+    from baton.engine.vllm.settings import VllmEngineSettings
 
     async def scenario() -> None:
         engine = VllmEngine(
@@ -186,8 +186,8 @@ def _command_line(pid: int) -> bytes:
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    from baton.engine.vllm_engine import VllmEngine
-    from baton.engine.vllm_settings import VllmEngineSettings
+    from baton.engine.vllm.engine import VllmEngine
+    from baton.engine.vllm.settings import VllmEngineSettings
 
     async def scenario() -> None:
         engine = VllmEngine(VllmEngineSettings(model=str(tmp_path / "none"), role=WorkerRole.DECODE))
@@ -205,8 +205,8 @@ def test_death_of_the_engine_is_told_once_and_fails_its_legs(demo_model: Path) -
     from baton.contract.messages import StartDecode
     from baton.contract.sampling import SamplingSpec
     from baton.contract.tokens import pack_token_ids
-    from baton.engine.vllm_engine import VllmEngine
-    from baton.engine.vllm_settings import VllmEngineSettings
+    from baton.engine.vllm.engine import VllmEngine
+    from baton.engine.vllm.settings import VllmEngineSettings
 
     def leg(handoff_id: str) -> StartDecode:
         return StartDecode(

@@ -24,9 +24,9 @@ STEP_S = 0.02
 
 
 def scheduler_class(name: str = "MlfqScheduler") -> type:
-    from baton.engine import vllm_mlfq_scheduler
+    from baton.engine.vllm import mlfq_scheduler
 
-    class OnSteps(getattr(vllm_mlfq_scheduler, name)):  # type: ignore[misc]
+    class OnSteps(getattr(mlfq_scheduler, name)):  # type: ignore[misc]
         def _now_s(self) -> float:
             step: int = self.current_step
             return step * STEP_S
@@ -289,9 +289,9 @@ def test_schedule_takes_less_than_a_millisecond_with_256_residents(only: Any, de
 
 
 def test_drift_is_noticed_and_the_installed_version_is_known():
-    from baton.engine import vllm_drift
+    from baton.engine.vllm import drift
 
-    assert vllm_drift.installed_drift() == []
+    assert drift.installed_drift() == []
 
     class Scheduler:
         def __init__(self) -> None:
@@ -299,7 +299,7 @@ def test_drift_is_noticed_and_the_installed_version_is_known():
 
         def schedule(self) -> None: ...
 
-    problems = vllm_drift.drift(Scheduler, Scheduler)
+    problems = drift.drift(Scheduler, Scheduler)
     assert any("Scheduler.schedule takes (self), expected" in p for p in problems)
     assert any("the source of Scheduler.schedule has changed" in p for p in problems)
     assert "Scheduler._preempt_request is gone" in problems

@@ -10,7 +10,7 @@ import pytest
 from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import TopLogprob
 from baton.contract.sampling import SamplingSpec, ServiceWish, StructuredOutput
-from baton.engine.vllm_settings import VllmEngineSettings, engine_arguments, transfer_arguments
+from baton.engine.vllm.settings import VllmEngineSettings, engine_arguments, transfer_arguments
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -24,7 +24,7 @@ FULL = SamplingSpec(
 
 
 def test_a_decode_leg_says_what_the_client_said() -> None:
-    from baton.engine.vllm_params import decode_params
+    from baton.engine.vllm.params import decode_params
 
     params = decode_params(FULL, {"do_remote_prefill": True})
     own_words = {"structured_output", "prompt_logprobs", "service"}
@@ -41,8 +41,8 @@ def test_a_decode_leg_says_what_the_client_said() -> None:
 
 
 def test_what_the_scheduler_is_told_travels_beside_the_sampling() -> None:
-    from baton.engine.vllm_mlfq_scheduler import OPTIONS
-    from baton.engine.vllm_params import decode_params
+    from baton.engine.vllm.mlfq_scheduler import OPTIONS
+    from baton.engine.vllm.params import decode_params
 
     wish = ServiceWish(priority=-1, key="tenant-a", deadline_s=2.0, expected_output_tokens=80)
     params = decode_params(SamplingSpec(max_tokens=4, service=wish), None)
@@ -57,7 +57,7 @@ def test_what_the_scheduler_is_told_travels_beside_the_sampling() -> None:
 
 
 def test_a_prefill_leg_makes_one_token() -> None:
-    from baton.engine.vllm_params import prefill_params
+    from baton.engine.vllm.params import prefill_params
 
     params = prefill_params(FULL, None)
     assert (params.max_tokens, params.min_tokens, params.prompt_logprobs) == (1, 1, 1)
@@ -68,7 +68,7 @@ def test_a_prefill_leg_makes_one_token() -> None:
 def test_defaults_are_vllms() -> None:
     from vllm.sampling_params import SamplingParams
 
-    from baton.engine.vllm_params import decode_params
+    from baton.engine.vllm.params import decode_params
 
     ours, theirs = decode_params(SamplingSpec(max_tokens=16), None), SamplingParams(max_tokens=16)
     for field in msgspec.structs.fields(SamplingSpec):
@@ -88,7 +88,7 @@ def test_defaults_are_vllms() -> None:
     ids=["schema", "object", "choice", "grammar", "tag"],
 )
 def test_structured_output(wanted: StructuredOutput, name: str, value: object) -> None:
-    from baton.engine.vllm_params import decode_params
+    from baton.engine.vllm.params import decode_params
 
     params = decode_params(SamplingSpec(max_tokens=1, structured_output=wanted), None)
     assert getattr(params.structured_outputs, name) == value
@@ -97,7 +97,7 @@ def test_structured_output(wanted: StructuredOutput, name: str, value: object) -
 def test_logprobs_keep_vllms_order() -> None:
     from vllm.logprobs import Logprob
 
-    from baton.engine.vllm_params import output_logprobs, prompt_logprobs
+    from baton.engine.vllm.params import output_logprobs, prompt_logprobs
 
     position = {7: Logprob(-2.0, 5, "g"), 1: Logprob(-0.5, 1, "a"), 2: Logprob(-1.0, 2, "b")}
     entries = [
@@ -111,32 +111,32 @@ def test_logprobs_keep_vllms_order() -> None:
 
 
 def test_the_engine_and_the_connector_use_the_same_keys() -> None:
-    from baton.engine import vllm_engine, vllm_settings, vllm_start
+    from baton.engine.vllm import engine, start
     from baton.transfer import nixl_connector, nixl_stream_connector, nixl_stream_scheduler
 
-    assert vllm_engine.STREAM_ID == nixl_stream_scheduler.STREAM_ID
+    assert engine.STREAM_ID == nixl_stream_scheduler.STREAM_ID
     for name in ("HOLD_UNLESS_STOPPED", "LEASE_END_S", "RELEASE_HELD"):
-        assert getattr(vllm_engine, name) == getattr(nixl_connector, name)
-    settings = vllm_settings.VllmEngineSettings(model="m", role=WorkerRole.DECODE)
-    arguments = vllm_settings.transfer_arguments(settings)
+        assert getattr(engine, name) == getattr(nixl_connector, name)
+    settings = VllmEngineSettings(model="m", role=WorkerRole.DECODE)
+    arguments = transfer_arguments(settings)
     assert arguments["kv_connector_module_path"] == nixl_connector.CONNECTOR_MODULE
     assert arguments["kv_connector"] == nixl_connector.CONNECTOR_NAME
     assert hasattr(nixl_connector, arguments["kv_connector"])
-    streaming = vllm_settings.VllmEngineSettings(model="m", role=WorkerRole.DECODE, transfer="stream")
-    arguments = vllm_settings.transfer_arguments(streaming)
+    streaming = VllmEngineSettings(model="m", role=WorkerRole.DECODE, transfer="stream")
+    arguments = transfer_arguments(streaming)
     assert arguments["kv_connector_module_path"] == nixl_stream_connector.CONNECTOR_MODULE
     assert arguments["kv_connector"] == nixl_stream_connector.CONNECTOR_NAME
     assert hasattr(nixl_stream_connector, arguments["kv_connector"])
-    both = vllm_settings.VllmEngineSettings(model="m", role=WorkerRole.BOTH, transfer="stream")
-    assert vllm_settings.transfer_arguments(both)["kv_connector"] == nixl_connector.CONNECTOR_NAME
-    assert vllm_engine.STREAM_LEASE_S == nixl_stream_scheduler.STREAM_LEASE_S
-    assert vllm_start.NUM_STAGES == nixl_connector.NUM_STAGES
+    both = VllmEngineSettings(model="m", role=WorkerRole.BOTH, transfer="stream")
+    assert transfer_arguments(both)["kv_connector"] == nixl_connector.CONNECTOR_NAME
+    assert engine.STREAM_LEASE_S == nixl_stream_scheduler.STREAM_LEASE_S
+    assert start.NUM_STAGES == nixl_connector.NUM_STAGES
 
 
 def test_host_memory_for_kv_comes_behind_nixl() -> None:
     """On CPU one connector of ours, on CUDA two of vLLM's list: NIXL is always asked first. Streams go with
     the first and not with the second."""
-    from baton.engine import vllm_swap_connector
+    from baton.engine.vllm import swap_connector
 
     decode = VllmEngineSettings(model="m", role=WorkerRole.DECODE, host_kv_bytes=1 << 20)
     arguments = transfer_arguments(decode)
@@ -151,8 +151,8 @@ def test_host_memory_for_kv_comes_behind_nixl() -> None:
     ]
     streaming = replace(decode, transfer="stream")
     arguments = transfer_arguments(streaming)
-    assert arguments["kv_connector"] == vllm_swap_connector.STREAMING_CONNECTOR_NAME
-    assert hasattr(vllm_swap_connector, arguments["kv_connector"])
+    assert arguments["kv_connector"] == swap_connector.STREAMING_CONNECTOR_NAME
+    assert hasattr(swap_connector, arguments["kv_connector"])
     on_cuda = replace(streaming, device="cuda")
     assert on_cuda.reason_not_to_stream == "host memory for KV is another connector's there"
     assert transfer_arguments(on_cuda) == transfer_arguments(replace(decode, device="cuda"))
@@ -175,7 +175,7 @@ def test_residents_are_more_than_places_and_drift_brings_vllms_own_scheduler_bac
     )
     arguments = engine_arguments(decode)
     assert arguments["max_num_seqs"] == 32  # 4 x 8
-    assert arguments["scheduler_cls"].endswith("vllm_mlfq_scheduler.MlfqScheduler")
+    assert arguments["scheduler_cls"].endswith("vllm.mlfq_scheduler.MlfqScheduler")
     assert arguments["additional_config"]["baton_scheduler"]["max_batch_size"] == 8
     on_cuda = engine_arguments(replace(decode, device="cuda"))
     assert on_cuda["scheduler_cls"].endswith("AsyncMlfqScheduler") and on_cuda["async_scheduling"]

@@ -129,8 +129,8 @@ def test_a_prefill_that_is_preempted_while_it_streams_goes_on_from_where_it_stoo
     2. short ones overtake it, and nobody takes their KV yet: the long one's blocks are taken away
     3. the short ones' readers come; the long one is computed again, and only what was missing is written
     """
-    importlib.import_module("baton.engine.vllm_engine")
-    monkeypatch.setattr("baton.engine.vllm_engine.transfer_arguments", faulty_transfer_arguments)
+    importlib.import_module("baton.engine.vllm.engine")
+    monkeypatch.setattr("baton.engine.vllm.engine.transfer_arguments", faulty_transfer_arguments)
     pair = EnginePair(demo_model)
     try:
         pair.run(

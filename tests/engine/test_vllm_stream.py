@@ -23,10 +23,10 @@ LEASE_S = 3
 @pytest.fixture(scope="module")
 def vllm_pair(demo_model: Path) -> Iterator[EnginePair]:
     """Both engines load a connector that can be told to misbehave."""
-    importlib.import_module("baton.engine.vllm_engine")
+    importlib.import_module("baton.engine.vllm.engine")
     pair = EnginePair(demo_model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("baton.engine.vllm_engine.transfer_arguments", faulty_transfer_arguments)
+        patch.setattr("baton.engine.vllm.engine.transfer_arguments", faulty_transfer_arguments)
         pair.run(
             pair.start(
                 transfer="stream", max_num_batched_tokens=CHUNK, kv_lease_s=LEASE_S, kv_cache_bytes=64 << 20

@@ -15,7 +15,7 @@ import pytest
 
 from baton.contract.lifecycle import WorkerRole
 from baton.engine.base import EngineDescription, FinishedPrefill
-from baton.engine.vllm_settings import VllmEngineSettings
+from baton.engine.vllm.settings import VllmEngineSettings
 from tests.engine.pair import EnginePair, LegResult, Recorder, begin_prefill
 from tests.engine.streams import GREEDY, faulty_transfer_arguments, random_prompt, stream_source
 from tests.engine.test_vllm_stream import CHUNK
@@ -27,7 +27,7 @@ LEASE_S = 3
 def vllm_pair(demo_model: Path) -> Iterator[EnginePair]:
     pair = EnginePair(demo_model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("baton.engine.vllm_engine.transfer_arguments", faulty_transfer_arguments)
+        patch.setattr("baton.engine.vllm.engine.transfer_arguments", faulty_transfer_arguments)
         pair.run(
             pair.start(
                 transfer="stream", max_num_batched_tokens=CHUNK, kv_lease_s=LEASE_S, kv_cache_bytes=64 << 20
@@ -99,9 +99,9 @@ def test_an_engine_whose_model_cannot_be_streamed_offers_no_streams(
     demo_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The ranks find out when they see the model's KV. One log line says why; its pairs pull."""
-    vllm_engine = importlib.import_module("baton.engine.vllm_engine")
+    vllm_engine = importlib.import_module("baton.engine.vllm.engine")
     monkeypatch.setattr(
-        "baton.engine.vllm_engine.transfer_arguments",
+        "baton.engine.vllm.engine.transfer_arguments",
         lambda settings: faulty_transfer_arguments(settings) | {"kv_connector": "RefusingStreamingConnector"},
     )
     settings = VllmEngineSettings(

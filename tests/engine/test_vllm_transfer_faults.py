@@ -26,10 +26,10 @@ WAYS = pytest.mark.parametrize("way", ["pull", "stream"])
 
 @pytest.fixture(scope="module")
 def vllm_pair(demo_model: Path) -> Iterator[EnginePair]:
-    importlib.import_module("baton.engine.vllm_engine")
+    importlib.import_module("baton.engine.vllm.engine")
     pair = EnginePair(demo_model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("baton.engine.vllm_engine.transfer_arguments", faulty_transfer_arguments)
+        patch.setattr("baton.engine.vllm.engine.transfer_arguments", faulty_transfer_arguments)
         pair.run(
             pair.start(
                 transfer="stream",

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from baton.contract.messages import WorkerCapacity
-from baton.engine.simulated import SimulatedEngine
-from baton.engine.simulated_faults import Faults
-from baton.engine.simulated_settings import SimulatedEngineSettings
+from baton.engine.simulated.engine import SimulatedEngine
+from baton.engine.simulated.faults import Faults
+from baton.engine.simulated.settings import SimulatedEngineSettings
 from baton.profiling.command import main
 from baton.profiling.grid import HEADROOM_TOKENS, grid
 from baton.profiling.probe import MeasuringFailed, Probe

@@ -18,9 +18,9 @@ from baton.contract.messages import Placement, RequestReport, SequenceDelta, Sta
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
 from baton.engine.base import FinishedPrefill
-from baton.engine.simulated import SimulatedEngine
-from baton.engine.simulated_faults import Fault, Faults
-from baton.engine.simulated_settings import SimulatedEngineSettings
+from baton.engine.simulated.engine import SimulatedEngine
+from baton.engine.simulated.faults import Fault, Faults
+from baton.engine.simulated.settings import SimulatedEngineSettings
 from baton.policy import registry
 from baton.worker.runtime import WorkerIdentity, WorkerRuntime
 from coordinator.app import Coordinator

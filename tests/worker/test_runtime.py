@@ -31,8 +31,8 @@ from baton.contract.messages import (
 )
 from baton.contract.tokens import pack_token_ids
 from baton.engine.base import FinishedPrefill
-from baton.engine.simulated import SimulatedEngine
-from baton.engine.simulated_settings import SimulatedEngineSettings
+from baton.engine.simulated.engine import SimulatedEngine
+from baton.engine.simulated.settings import SimulatedEngineSettings
 from baton.ports import free_port
 from baton.worker.runtime import EndOfServing, with_lease_left
 

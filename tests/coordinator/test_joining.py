@@ -25,7 +25,7 @@ from baton.contract.messages import (
     WorkerLoad,
     WorkerRefused,
 )
-from coordinator.join_test import MAX_AT_ONCE, TIMEOUT_S
+from coordinator.joining import MAX_AT_ONCE, TIMEOUT_S
 from coordinator.same_answer import difference
 
 PREFILL, DECODE, BOTH = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.BOTH

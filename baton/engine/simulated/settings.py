@@ -23,7 +23,7 @@ def kv_bytes_per_block(block_size_tokens: int) -> int:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedEngineSettings:
     name: str = ""
-    """Of the worker, by which others know it when faults are made (`simulated_faults`)."""
+    """Of the worker, by which others know it when faults are made (`faults`)."""
     model: str = "simulated"
     host: str = "127.0.0.1"
     transfer_port: int = 0

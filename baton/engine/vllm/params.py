@@ -77,7 +77,7 @@ def _extra_args(spec: SamplingSpec, kv_transfer_params: dict[str, Any] | None) -
     if kv_transfer_params:
         extra["kv_transfer_params"] = kv_transfer_params
     if spec.service is not None:
-        # The scheduler's key, `vllm_mlfq_scheduler.OPTIONS`: not imported, it loads half of vLLM.
+        # The scheduler's key, `mlfq_scheduler.OPTIONS`: not imported, it loads half of vLLM.
         extra["baton_scheduler"] = {
             "priority": spec.service.priority,
             "key": spec.service.key,

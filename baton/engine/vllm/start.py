@@ -1,6 +1,6 @@
 """vLLM coming up and going away: the constructor that blocks, what the engine is then, its first pass.
 
-No state: `vllm_engine` calls these in its `start` and `stop`.
+No state: `engine` calls these in its `start` and `stop`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from vllm.sampling_params import SamplingParams
 from baton.contract.errors import EngineFailed, ServingError
 from baton.contract.messages import KvLayout, WorkerCapacity
 from baton.engine.base import EngineDescription
-from baton.engine.vllm_settings import VllmEngineSettings
+from baton.engine.vllm.settings import VllmEngineSettings
 from baton.engine.weights import weights_identity
 
 logger = logging.getLogger("baton.engine")
 
 NUM_STAGES = "baton_num_stages"
-"""A key of the connector; see those of `vllm_engine`."""
+"""A key of the connector; see those of `engine`."""
 
 
 async def construct(make: Callable[[], Any]) -> Any:

@@ -10,7 +10,7 @@ its steps these decide four things:
 * **Who may enter.** The waiting queue that vLLM sees in a step holds only those whose turn it is, in that
   order, and the reads of KV that may begin (they take blocks, but no place). The others are put back after.
 * **Who gives up memory.** When blocks run short, `baton.scheduling.SwapRule` names victims, furthest from
-  their turn first. With a host tier (`vllm_host_swap`) their KV is copied there before the blocks are
+  their turn first. With a host tier (`host_swap`) their KV is copied there before the blocks are
   used again, and who was evicted stays, once back, until it has received as much again as it had (at least
   `MIN_STAY_TOKENS`): by our choice an answer of L tokens is swapped out at most 2 + log2(L / 32) times,
   however short memory is. Without a tier they are computed again, each at most `MAX_RECOMPUTES` times.
@@ -18,7 +18,7 @@ its steps these decide four things:
 
 If everything fits into one batch, the batch is exactly vLLM's own.
 
-Private names of vLLM are used throughout; `vllm_drift` checks them before the engine starts.
+Private names of vLLM are used throughout; `drift` checks them before the engine starts.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from baton.engine.vllm_first_token import AsyncFirstTokenScheduler
-from baton.engine.vllm_host_swap import HostTier, host_tier_of
-from baton.engine.vllm_scheduler import QuietScheduler
-from baton.engine.vllm_stats import SCHEDULER_STATS
+from baton.engine.vllm.first_token import AsyncFirstTokenScheduler
+from baton.engine.vllm.host_swap import HostTier, host_tier_of
+from baton.engine.vllm.scheduler import QuietScheduler
+from baton.engine.vllm.stats import SCHEDULER_STATS
 from baton.scheduling import FairShare, FirstIteration, Holding, JobFacts, ShortestPrefill, SwapRule, by_name
 
 OPTIONS = "baton_scheduler"

@@ -48,18 +48,18 @@ from baton.contract.messages import (
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import num_token_ids, unpack_token_ids
 from baton.engine.base import EngineDescription, EngineListener, FinishedPrefill
-from baton.engine.vllm_drift import installed_drift
-from baton.engine.vllm_given_tokens import read_again
-from baton.engine.vllm_kv_events import VllmKvEvents
-from baton.engine.vllm_params import decode_params, output_logprobs, prefill_params, prompt_logprobs
-from baton.engine.vllm_settings import (
+from baton.engine.vllm.drift import installed_drift
+from baton.engine.vllm.given_tokens import read_again
+from baton.engine.vllm.kv_events import VllmKvEvents
+from baton.engine.vllm.params import decode_params, output_logprobs, prefill_params, prompt_logprobs
+from baton.engine.vllm.settings import (
     VllmEngineSettings,
     choose_side_channel_port,
     engine_arguments,
     set_environment,
     transfer_arguments,
 )
-from baton.engine.vllm_start import (
+from baton.engine.vllm.start import (
     chosen_attention_backend,
     close_sockets,
     construct,
@@ -67,7 +67,7 @@ from baton.engine.vllm_start import (
     first_line,
     warm_up,
 )
-from baton.engine.vllm_stats import LoadGauge
+from baton.engine.vllm.stats import LoadGauge
 from baton.transfer.lease import ReadWindow, time_left_s
 
 logger = logging.getLogger("baton.engine")

@@ -1,6 +1,6 @@
 """Is this the vLLM whose private names our scheduler uses? Checked before an engine starts.
 
-vLLM's scheduler is not a public interface. What `vllm_mlfq_scheduler` relies on is written down here:
+vLLM's scheduler is not a public interface. What `mlfq_scheduler` relies on is written down here:
 names and signatures, and a hash of the source of the methods whose inner order of events matters. If
 anything differs the engine starts with vLLM's own scheduler, says so loudly, and counts it.
 """

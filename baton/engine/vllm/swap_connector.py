@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole, KVConnectorTransferResults
 
-from baton.engine.vllm_host_swap import HostStore, SwapOrders, new_tier
+from baton.engine.vllm.host_swap import HostStore, SwapOrders, new_tier
 from baton.transfer.nixl_connector import LeasedNixlConnector
 from baton.transfer.nixl_stream_connector import StreamingNixlConnector
 

@@ -12,7 +12,7 @@ A copy is of a request's own blocks, the last and unfinished one included, so th
 again. It lives until its request ends. When the tier is full nothing more is saved, and who has no
 complete copy is not evicted by our choice.
 
-`HostSwapConnector` is the tier alone. Decode workers use it beside NIXL (`vllm_swap_connector`), which is
+`HostSwapConnector` is the tier alone. Decode workers use it beside NIXL (`swap_connector`), which is
 asked first: a request's KV is read from its prefill worker once, and from here ever after.
 """
 

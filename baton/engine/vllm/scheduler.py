@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from baton.engine.vllm_first_token import FirstTokenMixin
+from baton.engine.vllm.first_token import FirstTokenMixin
 
 
 class QuietScheduler(FirstTokenMixin, Scheduler):

@@ -16,11 +16,11 @@ from collections.abc import Callable
 
 from baton.clock import Clock
 from baton.contract.tokens import TOKEN_BYTES
-from baton.engine.simulated_faults import Fault, Faults
-from baton.engine.simulated_link import Greeting, KvLanded, KvWritten, LinkMessage, LinkServer
-from baton.engine.simulated_model import kv_of
-from baton.engine.simulated_settings import SimulatedEngineSettings
-from baton.engine.simulated_ticker import Ticker
+from baton.engine.simulated.faults import Fault, Faults
+from baton.engine.simulated.link import Greeting, KvLanded, KvWritten, LinkMessage, LinkServer
+from baton.engine.simulated.model import kv_of
+from baton.engine.simulated.settings import SimulatedEngineSettings
+from baton.engine.simulated.ticker import Ticker
 from baton.handoff.source import (
     AcknowledgeCancel,
     BlocksComputed,

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from baton.clock import Clock
 from baton.contract.messages import KvSource
 from baton.contract.tokens import TOKEN_BYTES
-from baton.engine.simulated_link import Greeting, KvLanded, KvWritten, LinkMessage, Links
-from baton.engine.simulated_model import kv_of
-from baton.engine.simulated_ticker import Ticker
+from baton.engine.simulated.link import Greeting, KvLanded, KvWritten, LinkMessage, Links
+from baton.engine.simulated.model import kv_of
+from baton.engine.simulated.ticker import Ticker
 from baton.handoff.destination import (
     Activate,
     Cancel,

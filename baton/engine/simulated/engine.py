@@ -3,15 +3,14 @@ hand-offs; invented tokens.
 
 It is the fake of equal standing beside the vLLM adapter. What a worker computes when, and which blocks it
 has, is `baton.simulation`, the same code that replays traces in virtual time; here it gets a clock
-(`simulated_pace`), tokens (`simulated_model`), KV for other workers (`simulated_source`) and from them
-(`simulated_destination`). All tokens of a step are reported in one call, then what the step changed in
-the prefix cache.
+(`pace`), tokens (`model`), KV for other workers (`source`) and from them (`destination`). All tokens of a
+step are reported in one call, then what the step changed in the prefix cache.
 
 Whether blocks that a hand-off touched may be used or freed is decided by the machines of `baton.handoff`,
 the same that decide it between real engines. A leg is over when the listener is told; its blocks may stay
 longer.
 
-`faults` (`simulated_faults`) and `die` make it misbehave on purpose.
+`faults` and `die` make it misbehave on purpose.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ from baton.contract.messages import (
 )
 from baton.contract.tokens import TOKEN_BYTES
 from baton.engine.base import EngineDescription, EngineListener, FinishedPrefill
-from baton.engine.simulated_destination import SimulatedDestination
-from baton.engine.simulated_faults import Fault, Faults
-from baton.engine.simulated_link import Greeting
-from baton.engine.simulated_model import SimulatedSequence, prompt_logprobs, unsupported
-from baton.engine.simulated_pace import Pace
-from baton.engine.simulated_settings import SimulatedEngineSettings, describe
-from baton.engine.simulated_source import SimulatedSource
+from baton.engine.simulated.destination import SimulatedDestination
+from baton.engine.simulated.faults import Fault, Faults
+from baton.engine.simulated.link import Greeting
+from baton.engine.simulated.model import SimulatedSequence, prompt_logprobs, unsupported
+from baton.engine.simulated.pace import Pace
+from baton.engine.simulated.settings import SimulatedEngineSettings, describe
+from baton.engine.simulated.source import SimulatedSource
 from baton.policy.prefix_hash import PrefixHasher
 from baton.simulation import FinishedLeg, SimulatedWorker, SimulatedWorkerSettings, StepResult
 

@@ -168,10 +168,10 @@ def engine_arguments(settings: VllmEngineSettings, *, has_drifted: bool = False)
     }
     arguments |= {name: value for name, value in optional.items() if value is not None}
     if settings.device == "cpu":
-        arguments["scheduler_cls"] = "baton.engine.vllm_scheduler.QuietScheduler"
-        arguments["worker_cls"] = "baton.engine.vllm_cpu_worker.BatonCPUWorker"
+        arguments["scheduler_cls"] = "baton.engine.vllm.scheduler.QuietScheduler"
+        arguments["worker_cls"] = "baton.engine.vllm.cpu_worker.BatonCPUWorker"
     elif settings.is_streaming and settings.role is WorkerRole.DECODE:
-        arguments["scheduler_cls"] = "baton.engine.vllm_first_token.AsyncFirstTokenScheduler"
+        arguments["scheduler_cls"] = "baton.engine.vllm.first_token.AsyncFirstTokenScheduler"
         arguments["async_scheduling"] = True
     if settings.scheduler != "fcfs" and not has_drifted:
         arguments |= _policy_arguments(settings)
@@ -190,7 +190,7 @@ def _policy_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
     name = "MlfqScheduler" if is_synchronous else "AsyncMlfqScheduler"
     num_residents = settings.max_resident_sequences or 4 * settings.max_batch_size
     arguments: dict[str, Any] = {
-        "scheduler_cls": f"baton.engine.vllm_mlfq_scheduler.{name}",
+        "scheduler_cls": f"baton.engine.vllm.mlfq_scheduler.{name}",
         "max_num_seqs": num_residents if is_decode else settings.max_batch_size,
         "additional_config": {
             "baton_scheduler": {
@@ -216,7 +216,7 @@ def _dtype(settings: VllmEngineSettings) -> str:
 
 def transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
     """Keyword arguments of vLLM's KVTransferConfig. All roles get the same connector; with host memory
-    for KV, NIXL is asked first and the host second (`vllm_swap_connector` says why)."""
+    for KV, NIXL is asked first and the host second (`swap_connector` says why)."""
     arguments = _nixl_arguments(settings)
     if not settings.host_kv_bytes:
         return arguments
@@ -224,7 +224,7 @@ def transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
         arguments["kv_connector"] = (
             "SwappingStreamingNixlConnector" if settings.is_streaming else "SwappingNixlConnector"
         )
-        arguments["kv_connector_module_path"] = "baton.engine.vllm_swap_connector"
+        arguments["kv_connector_module_path"] = "baton.engine.vllm.swap_connector"
         arguments["kv_connector_extra_config"]["host_kv_bytes"] = settings.host_kv_bytes
         return arguments
     offload = {
