@@ -30,7 +30,9 @@ class Command:
 
 
 COMMANDS = {
-    "serve": Command("baton.launcher", "coordinator + workers on this machine, checked and ready to call"),
+    "serve": Command(
+        "baton.launch.serve", "coordinator + workers on this machine, checked and ready to call"
+    ),
     "coordinator": Command("coordinator.__main__", "the control plane: HTTP and ZeroMQ doors"),
     "prefill": Command("prefill_worker.__main__", "one prefill worker"),
     "decode": Command("decode_worker.__main__", "one decode worker"),

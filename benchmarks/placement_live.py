@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from baton.contract.errors import ServingError
-from baton.fleet_file import ROLES, FleetFile, NodeFleet
+from baton.launch.fleet_file import ROLES, FleetFile, NodeFleet
 from baton.settings import as_flags
 from baton.step_time import StepWork, prefill_pairs
 from baton.step_time.profile import Profile, load_profile

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from baton.fleet_file import write_fleet_file
+from baton.launch.fleet_file import write_fleet_file
 from baton.settings import SettingsError, load
 from baton.step_time import ModelShape, UnsupportedShape, load_shape
 from baton.step_time.profile import ProfileError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from baton.fleet_file import FleetFile, NodeFleet
+from baton.launch.fleet_file import FleetFile, NodeFleet
 from placement.cluster import Cluster, Split
 from placement.plans import ColocatedPlan, Plan, SplitPlan, seat
 from placement.workers import MAX_BATCH

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from baton.fleet_file import FleetFile
+from baton.launch.fleet_file import FleetFile
 from baton.step_time import LinearStepTime, StepTime
 from baton.step_time.profile import Profile
 from baton.step_time.text import parse_step_time

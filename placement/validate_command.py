@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 
 from baton.contract.errors import ServingError
-from baton.fleet_file import FleetFileError, read_fleet_file
+from baton.launch.fleet_file import FleetFileError, read_fleet_file
 from baton.settings import SettingsError, load, option
 from baton.step_time.profile import ProfileError, load_profile
 from baton.wire.endpoints import DEFAULT_CLIENT_ADDRESS

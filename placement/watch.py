@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from baton.fleet_file import FleetFile
+from baton.launch.fleet_file import FleetFile
 from baton.workload import WorkloadError
 from placement.cluster import Split
 from placement.evaluation import Bench, Candidate, Problem

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from baton.fleet_file import FleetFile, FleetFileError, read_fleet_file
+from baton.launch.fleet_file import FleetFile, FleetFileError, read_fleet_file
 from baton.settings import SettingsError, load, option
 from baton.workload import WorkloadError
 from placement.__main__ import BAD_QUESTION, EXIT_USAGE, question

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
 # Sourced by the fleet scripts. Processes are started in sessions of their own and recorded in
-# .run/FLEET/NAME.pid (baton/processes.py tells why and how); logs are in .run/FLEET/logs.
+# .run/FLEET/NAME.pid (baton/launch/processes.py tells why and how); logs are in .run/FLEET/logs.
 
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 READY_TIMEOUT_S=600
 
-processes() { "$PYTHON" -m baton.processes "$@"; }
+processes() { "$PYTHON" -m baton.launch.processes "$@"; }
 
 record_of() { echo "$ROOT/.run/$1/$2.pid"; }
 
@@ -90,7 +90,7 @@ start_worker_fleet() { # start_worker_fleet ROLE ARGUMENTS...
     [ -n "$devices" ] || die "--devices is needed with --device cuda: two fleets of one host must not share GPUs"
     tensor=$(option_value tensor-parallel-size 1 "${rest[@]}")
     pipeline=$(option_value pipeline-parallel-size 1 "${rest[@]}")
-    devices=$("$PYTHON" -m baton.devices "$devices" "$num_workers" $((tensor * pipeline))) || exit 2
+    devices=$("$PYTHON" -m baton.launch.devices "$devices" "$num_workers" $((tensor * pipeline))) || exit 2
     mapfile -t groups <<<"$devices"
   elif [ -n "$devices" ]; then
     die "--devices names GPUs, and --device is $device"

@@ -2,7 +2,7 @@
 # Starts a whole fleet from one file, as `baton plan --fleet-file` writes it, and returns when it is ready.
 #   scripts/start_fleet.sh FLEET.yaml                          coordinator and the workers of node 0
 #   scripts/start_fleet.sh FLEET.yaml --node 1 --coordinator HOST:5570   the workers of another node, on that host
-# The file's form is told in baton/fleet_file.py. scripts/stop_fleet.sh stops what was started on this host.
+# The file's form is told in baton/launch/fleet_file.py. scripts/stop_fleet.sh stops what was started on this host.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/fleet_lib.sh"
 
@@ -29,7 +29,7 @@ done
 device=cpu
 ! grep -qE '^[[:space:]]+device:[[:space:]]*cuda' "$file" 2>/dev/null || device=cuda
 ensure_environment "$device"
-fleets=$("$PYTHON" -m baton.fleet_file "$file" "$node" "$ROOT/.run/fleet") || exit 2
+fleets=$("$PYTHON" -m baton.launch.fleet_file "$file" "$node" "$ROOT/.run/fleet") || exit 2
 
 started=()
 # A worker fleet that does not start takes the rest down again: half a plan serves nobody.

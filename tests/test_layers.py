@@ -20,7 +20,6 @@ LAYERS: list[list[str]] = [
         "baton.settings",
         "baton.process_guard",
         "baton.ports",
-        "baton.devices",
         "baton.step_time",
         "baton.named_spec",
         "baton.handoff",
@@ -28,18 +27,15 @@ LAYERS: list[list[str]] = [
     [
         "baton.telemetry",
         "baton.demo_model",
-        "baton.processes",
         "baton.workload",
-        "baton.fleet_file",
         "baton.history",
     ],
     ["baton.wire", "baton.transfer", "baton.policy", "baton.scheduling"],
     ["baton.simulation"],
-    ["baton.engine", "baton.client", "baton.replay"],
+    ["baton.engine", "baton.client", "baton.replay", "baton.launch"],
     ["baton.worker"],
     ["coordinator", "prefill_worker", "decode_worker", "placement"],
-    ["baton.launch_plan", "baton.self_test", "baton.submit", "baton.explain", "baton.profiling"],
-    ["baton.launcher", "baton.doctor"],
+    ["baton.submit", "baton.explain", "baton.profiling", "baton.doctor"],
     ["baton.cli"],
 ]
 """baton.contract and its siblings of the first layer import nothing of ours but baton.contract."""
@@ -74,8 +70,7 @@ NEVER = [
     ("placement", "baton.engine"),
     ("placement", "baton.transfer"),
     # The launcher starts roles as processes; only the command line imports them.
-    *[(entry, role) for entry in ("baton.launcher", "baton.launch_plan", "baton.doctor", "baton.submit",
-                                  "baton.explain")
+    *[(entry, role) for entry in ("baton.launch", "baton.doctor", "baton.submit", "baton.explain")
       for role in ("coordinator", "prefill_worker", "decode_worker", "placement")],
 ]  # fmt: skip
 
@@ -168,7 +163,7 @@ def test_every_module_has_a_place():
         ("baton.policy.base", "torch"),
         ("baton.contract.codec", "baton.wire.endpoints"),
         ("baton.wire.channels", "baton.transfer.lease"),
-        ("baton.launcher", "coordinator.settings"),
+        ("baton.launch.serve", "coordinator.settings"),
     ],
 )
 def test_the_check_itself_finds(module: str, imported: str):

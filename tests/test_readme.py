@@ -10,7 +10,7 @@ import pytest
 
 from baton.cli import COMMANDS
 from baton.doctor import DoctorSettings
-from baton.launch_plan import ServeSettings
+from baton.launch.plan import ServeSettings
 from baton.worker.both import BothWorkerSettings
 from coordinator.settings import CoordinatorSettings
 from decode_worker.settings import DecodeWorkerSettings

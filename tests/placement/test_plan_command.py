@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from baton.fleet_file import FleetFileError, read_fleet_file
+from baton.launch.fleet_file import FleetFileError, read_fleet_file
 from baton.step_time import StepWork, shape_by_name
 from baton.step_time.profile import Fits, HeldOut, LinearFit, MeasuredStep, Profile, save_profile
 from placement.__main__ import main

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from baton.contract.messages import RequestDelta
-from baton.fleet_file import FleetFile, NodeFleet, write_fleet_file
+from baton.launch.fleet_file import FleetFile, NodeFleet, write_fleet_file
 from placement import live, validate_command
 from placement import validate as validate_module
 from placement.live import Observed

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.fleet_file import FleetFile, NodeFleet, write_fleet_file
+from baton.launch.fleet_file import FleetFile, NodeFleet, write_fleet_file
 from baton.workload import WorkloadError
 from placement.__main__ import main
 from placement.cluster import Split

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.processes import wait_until_empty
+from baton.launch.processes import wait_until_empty
 from tests.scripts.harness import REPOSITORY, Checkout, Serve
 
 

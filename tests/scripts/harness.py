@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from baton.launch.processes import RecordedProcess
 from baton.ports import free_port
-from baton.processes import RecordedProcess
 
 REPOSITORY = Path(__file__).parent.parent.parent
 START_TIMEOUT_S = 60.0

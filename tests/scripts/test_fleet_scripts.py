@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from baton.demo_model import build_demo_model
-from baton.processes import wait_until_empty
+from baton.launch.processes import wait_until_empty
 from tests.scripts.harness import REPOSITORY, Checkout, complete, free_ports, port_flags
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from baton.processes import wait_until_empty
+from baton.launch.processes import wait_until_empty
 from tests.scripts.harness import Serve, complete, wait_until
 
 StartServe = Callable[..., Serve]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.processes import wait_until_empty
+from baton.launch.processes import wait_until_empty
 from tests.scripts.harness import Serve, complete, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

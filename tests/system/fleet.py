@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
-from baton import processes
 from baton.history import what_is_held
+from baton.launch import processes
+from baton.launch.processes import RecordedProcess
 from baton.ports import free_port
-from baton.processes import RecordedProcess
 
 T = TypeVar("T")
 

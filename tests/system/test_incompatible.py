@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from baton import processes
 from baton.contract.lifecycle import WorkerRole
+from baton.launch import processes
 from tests.system.fleet import Fleet, wait_for
 from tests.system.wire import Peer, registration_like
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from baton import processes
+from baton.launch import processes
 from tests.system.cases import random_prompt
 from tests.system.conftest import REAL_WORKER
 from tests.system.fleet import Fleet, wait_for

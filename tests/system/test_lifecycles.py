@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from baton import processes
 from baton.client import BatonClient
 from baton.contract.errors import CoordinatorLost
-from baton.processes import RecordedProcess
+from baton.launch import processes
+from baton.launch.processes import RecordedProcess
 from tests.system.cases import random_prompt
 from tests.system.fleet import Answer, Fleet, wait_for
 

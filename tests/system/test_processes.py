@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from baton import processes
+from baton.launch import processes
 from baton.ports import free_port, is_port_free
 from tests.system.cases import random_prompt
 from tests.system.conftest import REAL_WORKER

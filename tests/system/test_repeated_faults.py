@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from baton import processes
+from baton.launch import processes
 from tests.system.cases import random_prompt
 from tests.system.fleet import Answer, Fleet, elapsed, wait_for
 from tests.system.test_disconnect import begin

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from baton.client import BatonClient
-from baton.processes import RecordedProcess
+from baton.launch.processes import RecordedProcess
 from tests.system.cases import random_prompt
 from tests.system.fleet import Answer, Fleet, wait_for
 

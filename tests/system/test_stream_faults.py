@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from baton import processes
 from baton.client import AsyncBatonClient
+from baton.launch import processes
 from baton.ports import free_port
 from tests.system.cases import random_prompt
 from tests.system.conftest import REAL_WORKER

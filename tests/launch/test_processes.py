@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from baton import processes
-from baton.processes import RecordedProcess, main
-from baton.self_test import DecodeSide, SelfTestFailed, check_usage
+from baton.launch import processes
+from baton.launch.processes import RecordedProcess, main
+from baton.launch.self_test import DecodeSide, SelfTestFailed, check_usage
 
 SLEEP = "import time; print('hello', flush=True); time.sleep(600)"
 WITH_GRANDCHILD = (

@@ -1,8 +1,8 @@
 """Long-lived child processes: started in a session of their own, recorded on disk, stopped by record.
 
-    python -m baton.processes start --record FILE --log FILE -- COMMAND...
-    python -m baton.processes wait  --line TEXT --timeout-s S RECORD...
-    python -m baton.processes stop  --timeout-s S RECORD...
+    python -m baton.launch.processes start --record FILE --log FILE -- COMMAND...
+    python -m baton.launch.processes wait  --line TEXT --timeout-s S RECORD...
+    python -m baton.launch.processes stop  --timeout-s S RECORD...
 
 The fleet scripts and the launcher share this. A record is a JSON file with the pid, its start time
 and the command. The start time keeps a recycled pid from being stopped in another's place. The
@@ -228,7 +228,7 @@ def _living() -> Iterable[tuple[int, int, int]]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m baton.processes", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m baton.launch.processes", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     starting = commands.add_parser("start")
     starting.add_argument("--record", type=Path, required=True)

@@ -1,6 +1,6 @@
 """Which GPUs each worker of a fleet gets.
 
-    python -m baton.devices SPEC NUM_WORKERS RANKS_PER_WORKER      one line per worker
+    python -m baton.launch.devices SPEC NUM_WORKERS RANKS_PER_WORKER      one line per worker
 
 `0-7` or `0,1,2,3` is dealt out in order, as many per worker as it has ranks; `0,1;4,5` names each
 worker's own. The lines are values for CUDA_VISIBLE_DEVICES.

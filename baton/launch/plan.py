@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from baton.devices import split_devices
+from baton.launch.devices import split_devices
 from baton.ports import is_port_free
 from baton.settings import SettingsError, option
 from baton.wire.endpoints import (

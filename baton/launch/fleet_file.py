@@ -10,7 +10,7 @@
         decode: {num_workers: 1, devices: "4,5"}
     plan:                   what was predicted; people read it, scripts do not
 
-A file is checked as a whole before anything starts. `python -m baton.fleet_file FILE NODE DIRECTORY`
+A file is checked as a whole before anything starts. `python -m baton.launch.fleet_file FILE NODE DIRECTORY`
 writes each role's settings to DIRECTORY and prints one line per fleet to start on that node:
 role, number of workers, devices (or `-`), TP and PP, the settings file.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from baton.devices import split_devices
+from baton.launch.devices import split_devices
 
 ROLES = ("prefill", "decode", "both")
 KEYS = {"coordinator", *ROLES, "nodes", "plan"}

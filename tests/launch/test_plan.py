@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.launch_plan import (
+from baton.launch.plan import (
     Ports,
     PortTaken,
     ServeSettings,
@@ -47,7 +47,7 @@ def test_ports_not_named_are_free_and_differ():
 
 
 def test_a_default_port_that_is_taken_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch, taken_port: int):
-    monkeypatch.setattr("baton.launch_plan.DEFAULT_HTTP_PORT", taken_port)
+    monkeypatch.setattr("baton.launch.plan.DEFAULT_HTTP_PORT", taken_port)
     assert choose_ports(ServeSettings()).http > taken_port
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from baton.devices import main, split_devices
+from baton.launch.devices import main, split_devices
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from typing import Any
 
 import yaml
 
-from baton import processes
-from baton.launch_plan import (
+from baton.launch import processes
+from baton.launch.plan import (
     PlannedProcess,
     Ports,
     PortTaken,
@@ -38,8 +38,8 @@ from baton.launch_plan import (
     plan_workers,
     reachable_host,
 )
-from baton.processes import RecordedProcess
-from baton.self_test import FleetHttp, SelfTestFailed, run_self_test
+from baton.launch.processes import RecordedProcess
+from baton.launch.self_test import FleetHttp, SelfTestFailed, run_self_test
 from baton.settings import load, resolved
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
