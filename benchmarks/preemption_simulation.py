@@ -101,7 +101,7 @@ def serve(
             position += 1
         max_present = max(max_present, worker.num_legs)
         plan = worker.begin_step(now_s, max_num_steps=1_000 if position == num else 1)
-        fetches = worker.take_fetches()
+        fetches = worker.places.take_fetches()
         if plan is not None:
             now_s = plan.end_s
             result = worker.end_step()
@@ -114,7 +114,7 @@ def serve(
             for finished in (*result.finished, *result.finished_prefills):
                 end_s[int(finished.leg_id)] = now_s
         for fetch in fetches:
-            worker.kv_arrived(fetch.leg_id)
+            worker.places.kv_arrived(fetch.leg_id)
     jct_s = [end - job.arrival_s for end, job in zip(end_s, jobs, strict=True)]
     return Served(
         jct_s=jct_s,
@@ -122,7 +122,7 @@ def serve(
         normalised_s=[jct / job.num_output for jct, job in zip(jct_s, jobs, strict=True)],
         makespan_s=now_s,
         max_gap_s=max_gap_s,
-        num_preemptions=worker.num_preemptions,
+        num_preemptions=worker.places.num_preemptions,
         max_present=max_present,
     )
 

@@ -164,7 +164,7 @@ def result_of(
         is_stay=np.array([r.is_stay for r in requests], np.bool_),
         is_served=np.array([not r.is_expired for r in requests], np.bool_),
         busy_s=np.array([member.worker.busy_s for member in fleet.members]),
-        num_preemptions=sum(member.worker.num_preemptions for member in fleet.members),
+        num_preemptions=sum(member.worker.places.num_preemptions for member in fleet.members),
         num_guarded=guard.num_diverted if guard is not None else 0,
         num_guard_acts=guard.num_acted if guard is not None else 0,
     )

@@ -221,7 +221,7 @@ class _Replay:
     def _begin(self, member: Member) -> None:
         worker = member.worker
         plan = worker.begin_step(self._now_s, _MAX_STEPS)
-        for fetch in worker.take_fetches():
+        for fetch in worker.places.take_fetches():
             link = self._settings.swap_link if fetch.is_swap else self._settings.link
             assert link is not None
             transfer_s = link.transfer_s(fetch.num_tokens * self._settings.kv_bytes_per_token)
@@ -233,12 +233,12 @@ class _Replay:
     def _kv_arrived(self, member: Member, leg_id: str) -> None:
         request = self._requests[int(leg_id)]
         self._release_source(request)
-        member.worker.kv_arrived(leg_id)
+        member.worker.places.kv_arrived(leg_id)
         self._kick(member)
 
     def _release_source(self, request: Request) -> None:
         source = self._fleet.members[request.prefill]
-        source.worker.release(request.leg_id)
+        source.worker.places.release(request.leg_id)
         if self._listener is None:  # who listens hears of it with the first token
             source.account.release(request.leg_id)
 

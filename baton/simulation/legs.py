@@ -130,7 +130,7 @@ class FinishedLeg:
     first_step_s: float
     """When its first step began; before that it was queued."""
     num_held_blocks: int = 0
-    """Of a prefill leg that keeps its KV, until `SimulatedWorker.release`."""
+    """Of a prefill leg that keeps its KV, until `Places.release`."""
 
 
 @dataclass(slots=True)

@@ -40,3 +40,6 @@ class SimulatedWorkerSettings:
     @property
     def hash_tokens(self) -> int:
         return self.block_size_tokens * self.blocks_per_hash
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size_tokens)

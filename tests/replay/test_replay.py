@@ -143,7 +143,7 @@ def test_nothing_is_left_over(fleet: str, more: dict[str, Any]):
         assert sum(block.num_blocks for block in member.worker.cache.runs_in_queue) == 900
         account = member.account
         assert (account.num_legs, account.num_queued_tokens, account.num_reserved_blocks) == (0, 0, 0)
-        assert member.worker.num_legs == 0 and member.worker.num_holds == 0
+        assert member.worker.num_legs == 0 and not member.worker.places.holds
     expectations = run._fleet.router._expectations
     assert expectations is not None and len(expectations) == 0
     served = result.is_served

@@ -32,10 +32,10 @@ def num_blocks_accounted(w: SimulatedWorker) -> int:
     """Queue, runs in use (each once), and what only one leg or hold has."""
     in_use: dict[int, int] = {}
     own = 0
-    for leg in w._legs.values():
+    for leg in w.places.legs.values():
         own += leg.num_own_blocks
         in_use |= {id(run): run.num_blocks for run in leg.runs}
-    for runs, num_own in w._holds:
+    for runs, num_own in w.places.holds:
         own += num_own
         in_use |= {id(run): run.num_blocks for run in runs}
     queued = w.cache.runs_in_queue
@@ -205,9 +205,9 @@ def test_kv_of_a_finished_prefill_is_kept_until_it_is_released():
     w.begin_step(0.0)
     result = w.end_step()
     assert [leg.num_held_blocks for leg in result.finished_prefills] == [2, 0]
-    assert (w.num_holds, w.cache.num_free_blocks) == (1, 8)
-    assert w.release("a") and not w.release("a")
-    assert (w.num_holds, w.cache.num_free_blocks) == (0, 10)
+    assert (len(w.places.holds), w.cache.num_free_blocks) == (1, 8)
+    assert w.places.release("a") and not w.places.release("a")
+    assert (len(w.places.holds), w.cache.num_free_blocks) == (0, 10)
 
 
 def test_blocks_that_somebody_may_still_write_to_outlive_their_leg():
@@ -220,13 +220,13 @@ def test_blocks_that_somebody_may_still_write_to_outlive_their_leg():
     for name in ("a", "b"):
         w.add_decode(name, 8, 4, [], 0.0, is_kv_on_its_way=True)
     w.begin_step(0.0)
-    assert [fetch.leg_id for fetch in w.take_fetches()] == ["a", "b"]
-    w.set_aside("a")
+    assert [fetch.leg_id for fetch in w.places.take_fetches()] == ["a", "b"]
+    w.places.set_aside("a")
     assert w.end_early("b", keep_blocks=True)
     assert w.begin_step(0.0) is not None
     assert [*w.end_step().tokens] == [("a", 1)]
-    assert (w.num_holds, w.cache.num_free_blocks) == (2, 10 - 2 - 2 - 2)
-    assert w.release("a") and w.release("b")
+    assert (len(w.places.holds), w.cache.num_free_blocks) == (2, 10 - 2 - 2 - 2)
+    assert w.places.release("a") and w.places.release("b")
     w.end_early("a")
     assert w.cache.num_free_blocks == 10
 
@@ -242,13 +242,13 @@ def test_promised_blocks_take_half_of_the_pool_and_the_line_for_them_holds_up_no
         w.add_decode(name, num_tokens, 4, [], 0.0, is_kv_on_its_way=True, is_streamed=True)
     w.add_decode("here", 4, 4, [], 0.0, is_kv_on_its_way=False)
     assert w.begin_step(0.0) is not None
-    assert [fetch.leg_id for fetch in w.take_fetches()] == ["a", "b"]
+    assert [fetch.leg_id for fetch in w.places.take_fetches()] == ["a", "b"]
     assert w.end_step().tokens == [("here", 1)]
     assert w.load().num_waiting == 4
-    w.kv_arrived("a")
+    w.places.kv_arrived("a")
     w.end_early("d")
     w.begin_step(0.0)
-    assert [fetch.leg_id for fetch in w.take_fetches()] == ["c"]
+    assert [fetch.leg_id for fetch in w.places.take_fetches()] == ["c"]
 
 
 def test_kv_from_elsewhere_reserves_first_and_decodes_when_it_is_there():
@@ -256,14 +256,14 @@ def test_kv_from_elsewhere_reserves_first_and_decodes_when_it_is_there():
     w.add_decode("a", 9, 3, [1, 2], 0.0, is_kv_on_its_way=True)
     w.add_decode("b", 25, 3, [], 0.0, is_kv_on_its_way=True)
     assert w.begin_step(0.0) is None
-    assert w.take_fetches() == [("a", 9, False), ("b", 25, False)]
+    assert w.places.take_fetches() == [("a", 9, False), ("b", 25, False)]
     assert w.cache.num_free_blocks == 0
-    w.kv_arrived("a")
+    w.places.kv_arrived("a")
     step = w.begin_step(1.0)
     assert step is not None
     assert step.work == StepWork(0, 0.0, 1, 9)  # 8 tokens came, the ninth is computed here
     assert w.end_step().tokens == [("a", 1)]
-    w.kv_lost("b")
+    w.places.kv_lost("b")
     step = w.begin_step(2.0)
     assert step is not None and step.work.num_prefill_tokens == 25
 
@@ -273,8 +273,8 @@ def test_a_second_decode_of_the_same_prompt_fetches_less():
     for name, num_missing in (("a", 13), ("b", 1)):
         w.add_decode(name, 13, 2, [1, 2, 3], 0.0, is_kv_on_its_way=True)
         w.begin_step(0.0)
-        assert w.take_fetches() == [(name, num_missing, False)]
-        w.kv_arrived(name)
+        assert w.places.take_fetches() == [(name, num_missing, False)]
+        w.places.kv_arrived(name)
         run_dry(w)
 
 

@@ -28,9 +28,9 @@ def ends(w: SimulatedWorker, *, fetch: bool = True) -> list[str]:
     now_s = 0.0
     while True:
         plan = w.begin_step(now_s, 1000)
-        for fetched in w.take_fetches():
+        for fetched in w.places.take_fetches():
             assert fetch
-            w.kv_arrived(fetched.leg_id)
+            w.places.kv_arrived(fetched.leg_id)
         if plan is None:
             if not w.num_legs:
                 return found
@@ -75,7 +75,7 @@ def test_all_end_and_all_blocks_return_when_memory_is_short(scheduler: str, can_
         add(w, f"r{n}", 10 + n, 30 + 7 * (n % 4))
     assert sorted(ends(w)) == sorted(f"r{n}" for n in range(12))
     assert w.cache.num_free_blocks == 40
-    assert w.num_preemptions > 0
+    assert w.places.num_preemptions > 0
 
 
 def test_swapped_kv_is_fetched_and_not_computed_again():
@@ -85,6 +85,6 @@ def test_swapped_kv_is_fetched_and_not_computed_again():
         for n in range(4):
             add(w, f"r{n}", 16, 40)
         ends(w)
-        assert w.num_preemptions > 0
+        assert w.places.num_preemptions > 0
         computed[can_swap] = w.num_prefill_tokens_done
     assert computed[True] == 4 * 16 < computed[False]

@@ -298,7 +298,7 @@ class SimulatedEngine:
             return PromptTooLong(f"prompt has {num_prompt_tokens} tokens, this engine accepts {limit}")
         if not self._worker.can_ever_hold(num_tokens_at_most):
             return PromptTooLong(
-                f"prompt and output need {self._worker.num_blocks_for(num_tokens_at_most)} blocks, "
+                f"prompt and output need {self._worker.settings.num_blocks_for(num_tokens_at_most)} blocks, "
                 f"this engine has {self.settings.num_blocks}"
             )
         if (name := unsupported(message.sampling)) is not None:
@@ -308,7 +308,7 @@ class SimulatedEngine:
     def _strike(self, handoff_id: str, fault: Fault) -> None:
         match fault.action:
             case "stall":
-                self._worker.freeze(handoff_id)
+                self._worker.places.freeze(handoff_id)
             case "error":
                 self._fail(handoff_id, fault.error())
             case "die":
@@ -361,11 +361,11 @@ class SimulatedEngine:
         leg, simulated = self._legs[handoff_id], self._worker.leg(handoff_id)
         assert simulated is not None
         num_had = simulated.num_kv_tokens // self.settings.block_size_tokens
-        num_blocks = max(0, self._worker.num_blocks_for(num_tokens) - num_had)
+        num_blocks = max(0, self._worker.settings.num_blocks_for(num_tokens) - num_had)
         self._num_kv_transfers += 1
         self._num_kv_bytes_received += num_blocks * self.settings.kv_bytes_per_block
         leg.sequence.continue_from(kv, num_tokens)
-        self._worker.kv_arrived(handoff_id, num_tokens, has_first_token=first_token is not None)
+        self._worker.places.kv_arrived(handoff_id, num_tokens, has_first_token=first_token is not None)
         self._pace.wake()
         if first_token is not None and not self._is_struck(leg):
             delta = leg.sequence.advance(first_token)
@@ -381,15 +381,15 @@ class SimulatedEngine:
             self._fail(handoff_id, TransferFailed(reason, phase="transfer"))
             return
         if self._destination.is_exposed(handoff_id):
-            self._worker.set_aside(handoff_id)
+            self._worker.places.set_aside(handoff_id)
         else:
             self._legs[handoff_id].has_lost_kv = True
-            self._worker.kv_lost(handoff_id)
+            self._worker.places.kv_lost(handoff_id)
         self._pace.wake()
 
     def _on_released(self, handoff_id: str) -> None:
         """No hand-off touches these blocks any more."""
-        if self._worker.release(handoff_id):
+        if self._worker.places.release(handoff_id):
             self._pace.wake()
 
     # ── what came of a step ──────────────────────────────────────────────────────────────────

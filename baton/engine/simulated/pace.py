@@ -76,7 +76,7 @@ class Pace:
                 return
         plan = worker.begin_step(start_s)
         self._is_turn_due = False
-        for fetch in worker.take_fetches():
+        for fetch in worker.places.take_fetches():
             self._on_fetch(fetch.leg_id)
         if plan is not None:
             self._arm(plan.end_s)
