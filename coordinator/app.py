@@ -18,7 +18,6 @@ from baton.clock import Clock
 from baton.contract import codec
 from baton.contract.errors import ProtocolMismatch, ServingError
 from baton.contract.messages import (
-    DrainWorker,
     Heartbeat,
     KvEvents,
     LegFailed,
@@ -231,11 +230,6 @@ class Coordinator:
             self._perform(self._core.worker_lost(worker.worker_id, message.reason, now_s))
         else:
             self._perform(self._core.worker_leaving(worker))
-
-    def drain_workers(self) -> None:
-        """Ask every worker to finish and leave."""
-        for worker in self._core.fleet:
-            self._send(worker.peer, DrainWorker())
 
     # ── carrying out ─────────────────────────────────────────────────────────────────────────
 

@@ -251,10 +251,6 @@ class SourceTable:
         """It has registered, whatever came of it."""
         return key in self._streams or key in self._ended
 
-    def held_blocks(self, handoff_id: str) -> Sequence[int]:
-        hold = self._holds.get(handoff_id)
-        return hold.block_ids if hold else ()
-
     def held_bytes(self) -> int:
         """Of prompts that are computed and wait for their destination."""
         held = sum(hold.num_total for hold in self._holds.values() if hold.state is HoldState.HELD)

@@ -22,7 +22,6 @@ from typing import NamedTuple
 from baton.step_time.base import StepWork
 from baton.step_time.region import Region
 
-SOURCE = "LLMServe/DistServe at 82831f1 (Apache-2.0), profiler-a100-80g.distserve.json"
 THRESHOLD_DECODES = 95
 
 

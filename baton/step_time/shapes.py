@@ -73,10 +73,6 @@ class ModelShape:
         return self.num_layers * self.layer_parameters + embeddings
 
     @property
-    def weight_bytes(self) -> int:
-        return self.num_parameters * self.dtype_bytes
-
-    @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of all layers, over all ranks, each KV head counted once."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes

@@ -94,13 +94,6 @@ def parse_lengths(text: str) -> Lengths:
     return Lengths(text, form.build(*numbers), max_tokens)
 
 
-def empirical(tokens: Ints, *, name: str) -> Lengths:
-    """Samples from observed lengths, with replacement."""
-    if len(tokens) == 0:
-        raise WorkloadError(f"{name} has no lengths to draw from")
-    return Lengths(name, lambda rng, count: rng.choice(tokens, count).astype(np.float64))
-
-
 def _positive(part: str, text: str, *, may_be_zero: bool = False) -> float:
     try:
         value = float(part)

@@ -48,7 +48,6 @@ class Users:
         self._next_job = next_job
         self._timeout_s = timeout_s
         self._dice = random.Random(seed)
-        self._num_asks = 0
 
     async def run(
         self, num_users: int, is_over: Callable[[], bool], *, ramp_s: float = 0.0, think_s: float = 0.0

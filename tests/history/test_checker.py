@@ -33,15 +33,6 @@ from tests.history.recorded import (
 LOST = ErrorReport(code="worker_lost", message="worker decode-1 was lost", phase="decoding")
 
 
-def coordinator_that(*changes: tuple[str, str]) -> Log:
-    """With words of its log replaced."""
-    log = coordinator_log()
-    for old, new in changes:
-        assert any(old in line for line in log.lines)
-        log.lines = [line.replace(old, new) for line in log.lines]
-    return log
-
-
 def without(text: str, log: Log) -> Log:
     log.lines = [line for line in log.lines if text not in line]
     return log

@@ -206,12 +206,6 @@ def _is_gone(fleet: Fleet, name: str) -> bool:
     return name not in fleet.workers()
 
 
-def _story(fleet: Fleet) -> str:
-    """`handoff` while a decode worker waits for KV: its leg has begun, and nothing of it is decoded."""
-    worker = fleet.workers().get("decode-1", {"load": {}})
-    return "handoff" if worker["load"].get("num_waiting") or worker["load"].get("num_running") else ""
-
-
 def test_a_coordinator_that_drains_says_so_first_and_finishes_what_it_accepted(fleet: Fleet) -> None:
     """
     1. streams are being read; the coordinator is asked to leave: /ready, /health and new requests hear 503

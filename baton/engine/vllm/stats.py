@@ -50,10 +50,6 @@ class LoadGauge:
         self._num_blocks = self._num_free_blocks = num_blocks
         self._reads_per_transfer = reads_per_transfer
 
-    def count_kv_failure(self) -> None:
-        """One that the engine never saw."""
-        self._num_kv_failures += 1
-
     def forget_warm_up(self) -> None:
         """Prompt tokens count from here on."""
         self._num_prefill_tokens = 0
