@@ -20,6 +20,7 @@ from baton.contract.lifecycle import WorkerRole
 from baton.contract.messages import (
     Heartbeat,
     KvLayout,
+    KvSource,
     NoMoreLegs,
     RegisterAgain,
     RegisterWorker,
@@ -33,7 +34,7 @@ from baton.contract.messages import (
 )
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
-from baton.engine.base import EngineDescription
+from baton.engine.base import EngineDescription, FinishedPrefill
 from baton.wire.channels import RouterChannel
 from baton.worker.runtime import WorkerIdentity, WorkerRuntime
 
@@ -258,6 +259,14 @@ def _start_decode(handoff_id="h1", prompt=(1, 2, 3), kv_source=None, **sampling)
     )
 
 
+def _finished_prefill(handoff_id="h1", lease_s=30.0):
+    source = KvSource(lease_s=lease_s, num_tokens=3, num_bytes=1, transfer_params={"hold": 1})
+    return FinishedPrefill(
+        delta=SequenceDelta(handoff_id, [7], "a"), kv_source=source, prompt_logprobs=None,
+        queue_s=0.0, prefill_s=0.0,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def start_prefill():
     return _start_prefill
@@ -266,3 +275,8 @@ def start_prefill():
 @pytest.fixture
 def start_decode():
     return _start_decode
+
+
+@pytest.fixture
+def finished_prefill():
+    return _finished_prefill
