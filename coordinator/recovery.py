@@ -100,8 +100,8 @@ def give_back(request: Request, remedy: Remedy, error: ServingError, worker_id: 
     request.is_recomputed = remedy is Remedy.RECOMPUTE
     if request.num_output_tokens > request.num_given_tokens:
         request.hits = None  # they were of a shorter prompt
-    is_there = not isinstance(error, WorkerLost)
-    if worker_id is not None and is_there and remedy is not Remedy.RECOMPUTE:
+    if worker_id is not None and not isinstance(error, WorkerLost):
+        # Also where it is only suspected: one that fails all it is given always has the smallest batch.
         request.unwanted_workers.add(worker_id)
 
 

@@ -117,6 +117,27 @@ def test_a_worker_that_falls_silent_is_told_to_stop_and_the_stream_goes_on_elsew
     assert other != silent and not sink.reports
 
 
+@pytest.mark.parametrize("code", ["engine_failed", "kv_transfer_failed"])
+def test_a_decode_worker_that_fails_all_it_is_given_costs_nobody_an_answer(make_bench, code):
+    """
+    1. one decode worker fails every hand-off at once, and every prompt it is to compute again; so it has
+       always the smallest batch
+    2. each request is tried with it once, and then goes on elsewhere while there is room
+    """
+    bench = make_bench()
+    bench.add("p0", P)
+    bench.add("d0", D)
+    bench.add("d1", D)
+    for number in range(7):
+        sink = bench.submit(f"r{number}", max_tokens=8)
+        while starts := bench.take(StartPrefill):
+            bench.finish_prefill("p0", starts[0][1].handoff_id)
+        while (order := bench.take(StartDecode)) and order[0][0] == "d0":
+            bench.fail("d0", order[0][1].handoff_id, code)
+        assert not sink.reports
+    assert bench.worker("d0").account.num_legs == 0
+
+
 def test_the_worker_that_failed_is_asked_again_when_nobody_else_is_there(make_bench):
     bench = make_bench()
     bench.add("p0", P)
