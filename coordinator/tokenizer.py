@@ -183,10 +183,11 @@ class FleetTokenizer:
     async def _load(self, model: str) -> None:
         try:
             tokenizer = await asyncio.get_running_loop().run_in_executor(self._threads, Tokenizer.load, model)
-        except TokenizerMissing as error:
-            log.warning("tokenizer absent model=%s reason=%s", model, error)
+        except Exception as error:  # whatever is wrong with its files, somebody may be waiting for it
+            is_expected = isinstance(error, TokenizerMissing)
+            log.warning("tokenizer absent model=%s reason=%s", model, error, exc_info=not is_expected)
             if model == self._model:
-                self._missing = str(error)
+                self._missing = str(error) if is_expected else f"its files break the loader: {error!r}"
             return
         log.info("tokenizer loaded model=%s max_token_id=%d", model, tokenizer.max_token_id)
         if model == self._model:
@@ -200,6 +201,9 @@ def _attempt(work: Callable[[Tokenizer], T], tokenizer: Tokenizer) -> T | Servin
         return error
     except UnicodeEncodeError as error:  # a lone surrogate, only possible from a chat template
         return InvalidRequest(f"the prompt is not valid Unicode: {error.reason}", param="prompt")
+    except Exception as error:  # raised in a thread it would reach nobody, and a client would wait for ever
+        log.exception("tokenizing broke")
+        return ServingError(f"internal error while tokenizing: {type(error).__name__}")
 
 
 def model_folder(model: str) -> Path:

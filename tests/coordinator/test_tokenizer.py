@@ -225,6 +225,45 @@ def test_waiting_texts_are_bounded(model, monkeypatch):
     asyncio.run(main())
 
 
+def test_files_that_break_the_loader_are_as_good_as_none(tmp_path):
+    """Who asked meanwhile must hear it too: nothing else would ever end their requests."""
+    model = write_model(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"chat_template": [{"nom": "x"}]}')
+
+    async def main():
+        fleet = FleetTokenizer()
+        results: list[bytes | ServingError] = []
+        fleet.start_loading(model)
+        fleet.run(lambda t: b"never", 7, results.append)
+        assert not await fleet.loaded()
+        await until(lambda: results)
+        assert isinstance(results[0], UnsupportedFeature)
+        fleet.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 'a' * 1000000000000000 }}", "{% for x in 'a' %}" * 30 + "{% endfor %}" * 30],
+    ids=["a petabyte", "loops"],
+)
+def test_a_client_s_template_that_breaks_python_ends_its_request(model, template):
+    """In a thread, where an exception would reach nobody: MemoryError, SyntaxError."""
+
+    async def main():
+        fleet = FleetTokenizer()
+        fleet.start_loading(model)
+        assert await fleet.loaded()
+        results: list[str | ServingError] = []
+        fleet.run(lambda t: t.chat_template.render(CHAT, source=template), 10_000, results.append)
+        await until(lambda: results)
+        assert isinstance(results[0], ServingError)
+        fleet.close()
+
+    asyncio.run(main())
+
+
 def test_loading_pulls_in_neither_torch_nor_transformers():
     code = (
         "import sys, coordinator.http\n"
