@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
@@ -16,7 +17,7 @@ import msgspec
 
 from baton.clock import Clock
 from baton.contract import codec
-from baton.contract.errors import ProtocolMismatch, ServingError
+from baton.contract.errors import InvalidRequest, ProtocolMismatch, ServingError
 from baton.contract.messages import (
     Heartbeat,
     KvEvents,
@@ -27,10 +28,13 @@ from baton.contract.messages import (
     RegisterWorker,
     RequestReport,
     SchedulerCounters,
+    StartDecode,
+    StartPrefill,
     StepOutputs,
     StillThere,
     WorkerAccepted,
     WorkerLeaving,
+    WorkerMessage,
     WorkerRefused,
 )
 from baton.wire.channels import RouterChannel
@@ -44,6 +48,8 @@ logger = logging.getLogger("baton.coordinator")
 request_log = logging.getLogger("baton.requests")
 
 TICK_S = 0.25
+
+OUR_MISTAKE = "internal error; the coordinator's log has the details"
 
 
 class Coordinator:
@@ -73,6 +79,8 @@ class Coordinator:
         self.on_worker_registered: list[Callable[[RegisterWorker], None]] = []
         self._idle = asyncio.Event()
         self._idle.set()
+        self._undone: deque[Action] = deque()
+        self._is_performing = False
 
     # ── start and stop ───────────────────────────────────────────────────────────────────────
 
@@ -111,13 +119,19 @@ class Coordinator:
                 # We ourselves stood still: what the workers sent meanwhile is still unread.
                 logger.warning("event loop stalled stalled_s=%.1f", stalled_s)
                 continue
-            for worker in list(self._core.fleet):
-                silent_s = now_s - worker.last_heard_s
-                if silent_s > self._heartbeat_timeout_s:
-                    self._lose(worker.worker_id, f"nothing heard for {silent_s:.1f} s")
-                elif silent_s > 2 * self._heartbeat_interval_s:
-                    self._is_there(worker)
-            self._perform(self._core.tick(now_s))
+            try:
+                self._tick(now_s)
+            except Exception:  # no deadline would ever end anything again
+                logger.exception("tick failed")
+
+    def _tick(self, now_s: float) -> None:
+        for worker in list(self._core.fleet):
+            silent_s = now_s - worker.last_heard_s
+            if silent_s > self._heartbeat_timeout_s:
+                self._lose(worker.worker_id, f"nothing heard for {silent_s:.1f} s")
+            elif silent_s > 2 * self._heartbeat_interval_s:
+                self._is_there(worker)
+        self._perform(self._core.tick(now_s))
 
     # ── the doors' side: Intake ──────────────────────────────────────────────────────────────
 
@@ -157,6 +171,8 @@ class Coordinator:
             )
             if worker is None:
                 self._send(peer, WorkerRefused(error=error.report()))
+            else:
+                self._not_heard(worker)
             return
         now_s = self._clock.now_s()
         if isinstance(message, RegisterWorker):
@@ -166,6 +182,14 @@ class Coordinator:
             self._send(peer, RegisterAgain())
             return
         worker.last_heard_s = now_s
+        try:
+            self._hear(worker, message, now_s)
+        except Exception:
+            logger.exception("message not handled from=%s", worker.worker_id)
+            if isinstance(message, StepOutputs | PrefillFinished | LegFailed):
+                self._not_heard(worker)
+
+    def _hear(self, worker: Worker, message: WorkerMessage, now_s: float) -> None:
         match message:
             case StepOutputs():
                 self._perform(self._core.step(worker, message, now_s))
@@ -179,6 +203,11 @@ class Coordinator:
                 self._perform(self._core.leg_failed(worker, message, now_s))
             case WorkerLeaving():
                 self._leaving(worker, message, now_s)
+
+    def _not_heard(self, worker: Worker) -> None:
+        """Tokens may be lost, whose is not known: all its requests go on from what their clients have."""
+        self._send(worker.peer, RegisterAgain())
+        self._lose(worker.worker_id, "what it said could not be handled")
 
     def _look_for_lost(self) -> None:
         """A connection has ended, at once when its process was killed: whose was it?"""
@@ -234,23 +263,69 @@ class Coordinator:
     # ── carrying out ─────────────────────────────────────────────────────────────────────────
 
     def _perform(self, actions: Iterable[Action]) -> None:
-        for action in actions:
-            if isinstance(action, Deliver):
-                action.sink.on_delta(action.delta, action.placement)
-            elif isinstance(action, Send):
-                self._send_to(action)
-            else:
-                self._finish(action)
+        """In the order of the decisions: what follows from one that cannot be carried out comes after all
+        that was decided before. One that breaks takes nobody else's with it."""
+        self._undone.extend(actions)
+        if self._is_performing:
+            return
+        self._is_performing = True
+        try:
+            while self._undone:
+                action = self._undone.popleft()
+                try:
+                    self._carry_out(action)
+                except Exception:
+                    logger.exception("action failed action=%s", type(action).__name__)
+                    self._broke(action)
+        finally:
+            self._is_performing = False
+
+    def _carry_out(self, action: Action) -> None:
+        if isinstance(action, Deliver):
+            action.sink.on_delta(action.delta, action.placement)
+        elif isinstance(action, Send):
+            self._send_to(action)
+        else:
+            self._finish(action)
+
+    def _broke(self, action: Action) -> None:
+        error = ServingError(OUR_MISTAKE)
+        if isinstance(action, Deliver):
+            self._perform(self._core.sink_broke(action.sink, error, self._clock.now_s()))
+        elif isinstance(action, Send):
+            self._not_sent(action, error)
 
     def _send_to(self, action: Send) -> None:
         worker = self._core.fleet.get(action.worker_id)
-        if worker is not None and not self._send(worker.peer, action.message):
+        if worker is None:
+            return
+        frame = codec.encode(action.message)
+        limit = codec.MAX_MESSAGE_BYTES
+        if len(frame) > limit:
+            # The worker's socket would drop the connection over it, and all legs with it.
+            reason = f"as a message to a worker the request has {len(frame)} bytes, the limit is {limit}"
+            self._not_sent(action, InvalidRequest(reason))
+        elif not self._fleet_channel.send(worker.peer, frame):
             self._lose(action.worker_id, "its connection is gone")
+
+    def _not_sent(self, action: Send, error: ServingError) -> None:
+        worker, message = self._core.fleet.get(action.worker_id), action.message
+        if worker is not None and isinstance(message, StartPrefill | StartDecode):
+            failed = LegFailed(handoff_id=message.handoff_id, error=error.report())
+            self._perform(self._core.leg_failed(worker, failed, self._clock.now_s()))
 
     def _send(self, peer: bytes, message: Message) -> bool:
         return self._fleet_channel.send(peer, codec.encode(message))
 
     def _finish(self, action: Finish) -> None:
+        try:
+            self._record(action)
+        finally:
+            action.sink.on_finished(action.report)
+            if self._core.num_requests == 0:
+                self._idle.set()
+
+    def _record(self, action: Finish) -> None:
         report = action.report
         if request_log.isEnabledFor(logging.INFO):
             logged = msgspec.structs.replace(report, prompt_logprobs=None)
@@ -265,9 +340,6 @@ class Coordinator:
             self._decision_log.write(action.request_id, action.records, report)
         for callback in self.on_finished:
             callback(report)
-        action.sink.on_finished(report)
-        if self._core.num_requests == 0:
-            self._idle.set()
 
 
 class _RequestLogLine(msgspec.Struct, frozen=True, kw_only=True):

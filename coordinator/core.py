@@ -194,6 +194,13 @@ class Core:
         actions = self._finish(request, Outcome.ABORTED, now_s, error=Aborted("the client left"))
         return actions + self._pump(now_s)
 
+    def sink_broke(self, sink: ResultSink, error: ServingError, now_s: float) -> list[Action]:
+        """It did not take a token: its request must not go on as if it had. Looks for it among all."""
+        request = next((one for one in self._requests.values() if one.sink is sink), None)
+        if request is None:
+            return []
+        return self._finish(request, Outcome.FAILED, now_s, error=error) + self._pump(now_s)
+
     # ── workers ──────────────────────────────────────────────────────────────────────────────
 
     def worker_registered(self, registration: RegisterWorker, peer: bytes, now_s: float) -> list[Action]:
