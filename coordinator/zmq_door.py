@@ -120,6 +120,8 @@ class ZmqDoor:
                 self._encoded(sink, message, message.prompt_token_ids or b"")
         except ServingError as error:
             sink.refuse(error)
+        except Exception:
+            sink.broke()
 
     def _check(self, key: tuple[bytes, str], message: SubmitRequest) -> None:
         if message.protocol_version != codec.PROTOCOL_VERSION:
@@ -165,6 +167,8 @@ class ZmqDoor:
             self._intake.submit(submission, sink)
         except ServingError as error:
             sink.refuse(error)
+        except Exception:
+            sink.broke()
 
     # ── replies out ──────────────────────────────────────────────────────────────────────────
 
@@ -218,6 +222,11 @@ class _Sink:
     def refuse(self, error: ServingError) -> None:
         self._door._forget(self)
         self._door._refuse(self.peer, self.request_id, error)
+
+    def broke(self) -> None:
+        """In an `except` block. A mistake of ours: the client hears that nothing will come."""
+        logger.exception("request broke request_id=%s", self.internal_id)
+        self.refuse(ServingError("internal error; the coordinator's log has the details"))
 
     def abort(self) -> None:
         if not self.is_aborted:

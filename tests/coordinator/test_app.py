@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ from baton.contract.sampling import StructuredOutput
 from baton.contract.tokens import unpack_token_ids
 from coordinator import app
 from coordinator.app import Coordinator
+from tests.coordinator.conftest import Bench
 
 P, D = WorkerRole.PREFILL, WorkerRole.DECODE
 
@@ -44,10 +46,10 @@ class Wire:
 
 
 @pytest.fixture
-def shell(make_bench, make_registration):
-    """2P2D that stream; with them what a bench has: `add`, `submit`, `finish_prefill`, `step`."""
+def shell():
+    """1P1D that stream; with them what a bench has: `add`, `submit`, `finish_prefill`, `step`."""
 
-    class Shell(make_bench):
+    class Shell(Bench):
         def __init__(self):
             super().__init__()
             clock = ManualClock()
@@ -55,7 +57,9 @@ def shell(make_bench, make_registration):
                 self.core, clock, boot_id="b", heartbeat_interval_s=1.0, heartbeat_timeout_s=5.0
             )
             self.app._fleet_channel.close()
-            self.wire = self.app._fleet_channel = Wire()
+            self.wire = Wire()
+            channel: Any = self.wire
+            self.app._fleet_channel = channel
 
         def perform(self, actions):
             self.app._perform(actions)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field, replace
+from typing import Any
 from zlib import crc32
 
 import msgspec
@@ -65,7 +66,7 @@ def next_token(packed):
 
 
 def unbroken(packed, num_tokens):
-    tokens = []
+    tokens: list[int] = []
     for _ in range(num_tokens):
         tokens.append(next_token(packed + pack_token_ids(tokens)))
     return tokens
@@ -104,7 +105,8 @@ class Process:
 
     def connect(self):
         self.peer = f"{self.worker_id}/{self.fleet.number()}".encode()
-        self.inbox, self.outbox = deque(), deque()
+        self.inbox: deque[Any] = deque()
+        self.outbox: deque[Any] = deque()
         self.fleet.processes[self.peer] = self
         self.is_registered = False
         self.outbox.append(self.registration)
@@ -304,7 +306,8 @@ class Fleet:
             self.core, self.clock, boot_id="b", heartbeat_interval_s=1.0, heartbeat_timeout_s=5.0
         )
         self.app._fleet_channel.close()
-        self.app._fleet_channel = self
+        channel: Any = self
+        self.app._fleet_channel = channel
         self.clients: dict[str, Client] = {}
 
     def number(self):

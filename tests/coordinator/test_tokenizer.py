@@ -256,7 +256,7 @@ def test_a_client_s_template_that_breaks_python_ends_its_request(model, template
         fleet.start_loading(model)
         assert await fleet.loaded()
         results: list[str | ServingError] = []
-        fleet.run(lambda t: t.chat_template.render(CHAT, source=template), 10_000, results.append)
+        fleet.run(lambda t: ChatTemplate({}, {}).render(CHAT, source=template), 10_000, results.append)
         await until(lambda: results)
         assert isinstance(results[0], ServingError)
         fleet.close()

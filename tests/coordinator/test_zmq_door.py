@@ -20,6 +20,7 @@ from baton.contract.errors import (
     NoWorkers,
     ProtocolMismatch,
     QueueFull,
+    ServingError,
     UnknownModel,
     UnsupportedFeature,
     WorkerLost,
@@ -54,6 +55,8 @@ class EchoIntake:
             raise QueueFull("4 requests are queued, the limit is 4", retry_after_s=2.0)
         if token_ids == [2]:
             raise NoWorkers("no decode worker is ready")
+        if token_ids == [6]:
+            raise RuntimeError("a mistake")
         self.running[submission.request_id] = sink
         self.submitted.set()
         asyncio.get_running_loop().call_soon(self._answer, submission.request_id, token_ids)
@@ -89,6 +92,8 @@ class WordEncoder:
     """A word's token id is its length; answers in the next turn of the loop."""
 
     def encode_text(self, text, done) -> None:
+        if text == "unbearable":
+            raise RuntimeError("a mistake")
         if text == "unservable":
             raise UnsupportedFeature("there is no tokenizer here")
         packed = pack_token_ids([len(word) for word in text.split()])
@@ -159,6 +164,8 @@ def test_many_streams_share_one_connection():
         pytest.param("untokenisable", {}, InvalidRequest, id="cannot be tokenised"),
         pytest.param("unservable", {}, UnsupportedFeature, id="no tokenizer"),
         pytest.param([9], {"model": "gpt-17"}, UnknownModel, id="unknown model"),
+        pytest.param([6], {}, ServingError, id="a mistake of ours in the core"),
+        pytest.param("unbearable", {}, ServingError, id="a mistake of ours in the encoder"),
     ],
 )
 def test_errors_arrive_with_their_type(prompt, options, error):
