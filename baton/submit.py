@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import sys
 
 import msgspec
 
 from baton.client import BatonClient
 from baton.contract.errors import ServingError
-from baton.wire.endpoints import DEFAULT_CLIENT_ADDRESS
+from baton.wire.endpoints import DEFAULT_CLIENT_ADDRESS, DEFAULT_CLIENT_PORT, parse_address
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+CONNECT_TIMEOUT_S = 10.0
 
 
 def main(argv: list[str]) -> int:
@@ -28,14 +30,26 @@ def main(argv: list[str]) -> int:
         if (value := getattr(arguments, name)) is not None
     }
     try:
+        _knock(arguments.address)
         with BatonClient(arguments.address, timeout_s=arguments.timeout_s) as client:
             return _run(client, prompt, options, arguments)
     except ValueError as error:
         print(f"baton submit: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except OSError as error:
+        print(
+            f"baton submit: no coordinator at {arguments.address}: {error.strerror or error}", file=sys.stderr
+        )
+        return EXIT_FAILED
     except ServingError as error:
         print(f"baton submit: {error.code}: {error.message}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _knock(address: str) -> None:
+    """Raises OSError when nobody listens there: ZeroMQ would wait for somebody, without a word."""
+    host, port = parse_address(address, DEFAULT_CLIENT_PORT)
+    socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _run(client: BatonClient, prompt: str, options: dict[str, object], arguments: argparse.Namespace) -> int:

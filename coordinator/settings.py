@@ -113,3 +113,17 @@ class CoordinatorSettings:
                 raise SettingsError(f"step_time: {error}") from error
         if not self.kv_index_gib > 0:
             raise SettingsError(f"kv_index_gib is {self.kv_index_gib:g}, expected more than 0")
+        for name in ("http_port", "fleet_port", "client_port"):
+            if not 0 <= getattr(self, name) < 65_536:  # uvloop would take one modulo 65,536
+                raise SettingsError(f"{name} is {getattr(self, name)}, expected 0 to 65535")
+        for name in ("max_queued", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in (
+            "queue_timeout_s", "prefill_timeout_s", "handoff_timeout_s", "decode_stall_timeout_s",
+            "heartbeat_interval_s", "heartbeat_timeout_s",
+        ):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"{name} is {getattr(self, name):g}, expected more than 0")
+        if not self.drain_timeout_s >= 0:
+            raise SettingsError(f"drain_timeout_s is {self.drain_timeout_s:g}, expected at least 0")

@@ -74,6 +74,12 @@ start_worker_fleet() { # start_worker_fleet ROLE ARGUMENTS...
   [[ $num_workers =~ ^[1-9][0-9]*$ ]] || die "--num-workers is $num_workers, expected 1 or more"
   local device
   device=$(device_of "${rest[@]}")
+  # Before the environment, which another device would make anew.
+  if [ "$device" = cuda ]; then
+    [ -n "$devices" ] || die "--devices is needed with --device cuda: two fleets of one host must not share GPUs"
+  elif [ -n "$devices" ]; then
+    die "--devices names GPUs, and --device is $device"
+  fi
   ensure_environment "$device"
 
   local coordinator host model tensor pipeline
@@ -87,13 +93,10 @@ start_worker_fleet() { # start_worker_fleet ROLE ARGUMENTS...
   fi
   local groups=()
   if [ "$device" = cuda ]; then
-    [ -n "$devices" ] || die "--devices is needed with --device cuda: two fleets of one host must not share GPUs"
     tensor=$(option_value tensor-parallel-size 1 "${rest[@]}")
     pipeline=$(option_value pipeline-parallel-size 1 "${rest[@]}")
     devices=$("$PYTHON" -m baton.launch.devices "$devices" "$num_workers" $((tensor * pipeline))) || exit 2
     mapfile -t groups <<<"$devices"
-  elif [ -n "$devices" ]; then
-    die "--devices names GPUs, and --device is $device"
   fi
 
   local names=() n=0 name command

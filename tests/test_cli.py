@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from baton import cli
+from baton.ports import free_port
 
 
 def test_a_command_gets_the_rest_of_the_line(monkeypatch: pytest.MonkeyPatch):
@@ -63,6 +64,12 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("importlib.import_module", lambda module: SimpleNamespace(main=interrupted))
     assert cli.main(["submit"]) == 130
+
+
+def test_submit_to_nobody_says_so_at_once(capsys: pytest.CaptureFixture[str]):
+    address = f"127.0.0.1:{free_port()}"
+    assert cli.main(["submit", "--address", address, "hello"]) == 1
+    assert capsys.readouterr().err == f"baton submit: no coordinator at {address}: Connection refused\n"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -130,6 +130,7 @@ def test_a_coordinator_on_all_addresses_is_called_on_loopback():
         ({"devices": "0-1"}, "devices names GPUs, and device is cpu"),
         ({"device": "cuda", "devices": "0"}, "names 1, 2 workers of 1 ranks need 2"),
         ({"prefill_config": "absent.yaml"}, "prefill_config: there is no file absent.yaml"),
+        ({"model": "/no/such/folder"}, "model: there is no folder /no/such/folder"),
     ],
 )
 def test_bad_settings_are_refused_by_name(changes: dict[str, object], sentence: str):

@@ -127,6 +127,15 @@ def test_bad_arguments_start_nothing(checkout: Checkout, arguments: list[str], s
     assert checkout.records() == {}
 
 
+def test_a_forgotten_flag_costs_no_environment(checkout: Checkout):
+    """Another device makes .venv anew, gigabytes of it: only once the command line is right."""
+    (checkout.root / "requirements").unlink()  # whoever wants to install something fails here
+    started = checkout.run("start_prefill_fleet.sh", "--device", "cuda")
+    assert (started.returncode, started.stdout) == (1, "")
+    assert started.stderr.startswith("--devices is needed with --device cuda")
+    assert (checkout.root / ".venv").exists()
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "scripts").glob("*.sh")))
 def test_every_script_parses_and_is_strict(script: str):
     path = REPOSITORY / "scripts" / script
