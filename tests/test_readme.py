@@ -26,6 +26,20 @@ DOCUMENTS = [
     "docs/planning.md",
     "docs/reliability.md",
 ]
+MANUAL = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md"] + [
+    f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))
+]
+PACKAGES = [
+    "baton",
+    "coordinator",
+    "prefill_worker",
+    "decode_worker",
+    "placement",
+    "benchmarks",
+    "tests/chaos",
+]
+FLAG = r"(?<![\w-])--[a-z][a-z0-9-]*"
+OF_OTHERS = {"--vllm-pd-disaggregation", "--kv-connector", "--router-mode"}
 
 
 def flags_of(settings: type) -> set[str]:
@@ -79,11 +93,63 @@ def test_shown_commands_exist(document: str):
             assert not unknown, command
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_linked_and_named_files_exist(document: str):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    named = re.findall(r"\]\(([A-Za-z_/]+\.?[a-z]*)\)", text) + re.findall(r"`(scripts/[a-z_]+\.sh)`", text)
-    assert [name for name in named if not (ROOT / name).exists()] == []
+def manual(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def existing_flags() -> set[str]:
+    """Fields that are options, and all that is written like a flag in code and scripts."""
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    files += (ROOT / "scripts").glob("*.sh")
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    flags = {"--" + name.replace("_", "-") for name in re.findall(r"(\w+): [^\n=]*= option\(", code)}
+    return flags | {"--no" + flag[1:] for flag in flags} | set(re.findall(FLAG, code))
+
+
+@pytest.mark.parametrize("document", [name for name in MANUAL if name != "docs/clients.md"])
+def test_named_flags_exist(document: str, existing_flags: set[str]):
+    """docs/clients.md is about flags of other programs."""
+    assert set(re.findall(FLAG, manual(document))) - existing_flags - OF_OTHERS == set()
+
+
+def test_named_headers_exist():
+    doors = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "coordinator" / "http").glob("*.py"))
+    for document in MANUAL:
+        for name in re.findall(r"`x-baton-([a-z-]+)`", manual(document)):
+            assert name in doors, f"{document}: x-baton-{name}"
+
+
+def test_every_metric_is_told_and_every_one_told_exists():
+    from coordinator.metrics import Metrics
+
+    wiring = (ROOT / "coordinator" / "process.py").read_text(encoding="utf-8")
+    exported = set(re.findall(r"# TYPE (baton_\w+) (?:counter|histogram)", Metrics().render()[0].decode()))
+    exported |= set(re.findall(r'"(baton_\w+)"', wiring))
+    section = manual("docs/operations.md").partition("\n## Metrics\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(baton_\w+)", section)) == exported
+    for document in MANUAL:
+        for name in re.findall(r"`(baton_\w+)", manual(document)):
+            assert any(metric.startswith(name) for metric in exported), f"{document}: {name}"
+
+
+@pytest.mark.parametrize("document", [*MANUAL, "CHANGELOG.md"])
+def test_links_headings_and_paths_exist(document: str):
+    text = manual(document)
+    for target, _, heading in (link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", text)):
+        if target.startswith("http"):
+            continue
+        path = (ROOT / document).parent / target if target else ROOT / document
+        assert path.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
+            assert heading in slugs, f"{target}#{heading}"
+    top = "|".join(
+        ["baton", "coordinator", "prefill_worker", "decode_worker", "placement", "scripts", "tests"]
+    )
+    for name in re.findall(rf"`((?:{top}|docs|benchmarks|requirements)/[\w./*-]+)", text):
+        assert "NAME" in name or any(ROOT.glob(name.rstrip("/"))), f"{document}: {name}"
 
 
 def test_each_known_failure_names_tests_that_exist():

@@ -81,9 +81,9 @@ class ServeSettings:
             port = getattr(self, name)
             if port is not None and not 0 < port < 65_536:
                 raise SettingsError(f"{name} is {port}, expected 1 to 65535")
-        if self.engine == "vllm" and self.model is not None and self.model.startswith(("/", ".", "~")):
-            if not Path(self.model).is_dir():  # no hub name begins so; vLLM says it a minute later
-                raise SettingsError(f"model: there is no folder {self.model}")
+        is_path = self.model is not None and self.model.startswith(("/", ".", "~"))  # no hub name does
+        if self.engine == "vllm" and is_path and not Path(str(self.model)).is_dir():
+            raise SettingsError(f"model: there is no folder {self.model}")
         for name in ("coordinator_config", "prefill_config", "decode_config", "both_config"):
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
