@@ -108,6 +108,29 @@ def test_asynchronous_scheduling_where_memory_is_short(only: Any, demo_model: Pa
     check_complete(only, ours, played, trace, 20)
 
 
+@pytest.mark.parametrize("is_swapping", [False, True], ids=["recompute", "swap"])
+def test_the_batch_stays_full_with_more_requests_than_residents(
+    only: Any, demo_model: Path, is_swapping: bool
+):
+    """Who finds no seat among the residents takes no place in the batch either."""
+    config = only.engine_config(
+        str(demo_model), max_num_seqs=16, kv_transfer_config=only.host_swap() if is_swapping else None
+    )
+    ours = only.make_scheduler(scheduler_class(), config, num_blocks=500, max_batch_size=4)
+    played = only.play(ours, jobs(only, [(0, 24, 30)] * 40))
+    check_complete(only, ours, played, [(0, 24, 30)] * 40, 500)
+    assert {len(batch) for batch in played.batches[:-4]} == {4}
+
+
+def test_a_prefill_worker_without_a_seat_goes_on_with_what_it_has(only: Any, demo_model: Path):
+    config = only.engine_config(str(demo_model), max_num_seqs=1, max_num_batched_tokens=128)
+    ours = only.make_scheduler(scheduler_class(), config, num_blocks=500, policy="shortest-prefill")
+    trace = [(0, 900, 1), (2, 40, 1)]
+    played = only.play(ours, jobs(only, trace))
+    check_complete(only, ours, played, trace, 500)
+    assert all(played.batches)
+
+
 def test_when_everything_fits_the_batches_are_stock(only: Any, demo_model: Path):
     trace = bimodal(seed=3, num=40, load=0.15)
     stock = only.make_scheduler(stock_class(), only.engine_config(str(demo_model)), num_blocks=500)

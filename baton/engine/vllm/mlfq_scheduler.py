@@ -175,7 +175,8 @@ class PolicyMixin:
         """Parks, evicts and sorts; leaves in the queues who may enter, and returns who may not."""
         this: Any = self
         ready, unready = self._split_holders()
-        entering = [request for request in this.waiting if not _is_blocked(request)]
+        num_seats = self._num_seats()
+        entering = [r for r in this.waiting if not _is_blocked(r)] if num_seats > 0 else []
         by_id = {r.request_id: r for group in (this.running, ready, entering) for r in group}
         order = self._step_policy.order(by_id.keys(), now_s)
         self._sort_running(order)
@@ -188,12 +189,14 @@ class PolicyMixin:
             return _refill(this.waiting, [by_id[i] for i in order if by_id[i] in present], this.waiting), []
         # Who has just received its KV runs first: it costs one token, and vLLM's loop begins with it.
         ready_ids = {r.request_id for r in ready}
-        admitted = [job_id for job_id in order if job_id in ready_ids][: self._max_batch_size]
+        admitted = [job_id for job_id in order if job_id in ready_ids]
+        del admitted[max(0, min(self._max_batch_size, num_seats)) :]
         choice = self._active_set(
             order,
             ready_ids,
             by_id,
             num_places=self._max_batch_size - len(admitted),
+            num_seats=num_seats - len(admitted),
             num_blocks=self._num_blocks_not_waiting() if is_tight else None,
         )
         if is_tight:
@@ -207,6 +210,12 @@ class PolicyMixin:
         withheld = _refill(this.waiting, allowed, this.waiting)
         late = _refill(this.kv_holding_waiting, [by_id[i] for i in admitted] + unready, ready)
         return withheld, late
+
+    def _num_seats(self) -> int:
+        """How many residents more vLLM takes. A place in the batch is of no use to who has no seat."""
+        this: Any = self
+        num_taken: int = len(this.running) + this.num_waiting_for_streaming_input
+        return int(this.max_num_running_reqs - num_taken)
 
     def _split_holders(self) -> tuple[list[Request], list[Request]]:
         """Requests that wait with KV in memory: it has arrived, or it has not yet."""
@@ -239,6 +248,7 @@ class PolicyMixin:
         by_id: dict[str, Request],
         *,
         num_places: int,
+        num_seats: int,
         num_blocks: int | None,
     ) -> _Choice:
         """From the front of the order, as far as places and memory reach. None: memory is no concern."""
@@ -268,16 +278,18 @@ class PolicyMixin:
             num_needed = 0 if room is None or job_id in staying else self._num_blocks_to_run(request)
             if room is not None and num_needed > max(0, room):
                 continue
+            needs_seat = request.status != RequestStatus.RUNNING and not _is_read_pending(request)
             if _is_read_pending(request):
                 if len(choice.reads) >= MAX_READS_PER_STEP:
                     continue
                 choice.reads.append(job_id)
-            elif is_full or not self._fits_loras(request, loras):
+            elif is_full or (needs_seat and num_seats <= 0) or not self._fits_loras(request, loras):
                 continue
             elif self._is_swapped_out(request):
                 choice.returning.append(job_id)
             else:
                 choice.active[job_id] = None
+            num_seats -= needs_seat
             if room is not None:
                 room -= num_needed
         return choice
@@ -424,7 +436,7 @@ class PolicyMixin:
     def _choose_prefills(self, policy: ShortestPrefill, now_s: float) -> tuple[list[Request], list[Request]]:
         """The same on a prefill worker, where tokens are scarce and not places."""
         this: Any = self
-        entering = [request for request in this.waiting if not _is_blocked(request)]
+        entering = [r for r in this.waiting if not _is_blocked(r)] if self._num_seats() > 0 else []
         by_id = {r.request_id: r for group in (this.running, entering) for r in group}
         order = self._step_policy.order(by_id.keys(), now_s)
         num_used = this.cache_config.num_gpu_blocks - 1
