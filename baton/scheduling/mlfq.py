@@ -38,15 +38,17 @@ BOOST_TOKENS = 8
 
 
 class _Account:
-    __slots__ = ("attained", "level", "turn", "used")
+    __slots__ = ("attained", "depth", "level", "turn", "used")
 
-    def __init__(self, level: int, turn: int) -> None:
+    def __init__(self, level: int, turn: int, depth: float) -> None:
         self.level = level
         self.turn = turn
         """Order of entering the level."""
         self.used = 0.0
         """Of this level's quantum."""
         self.attained = 0.0
+        self.depth = depth
+        """Tokens from the top of the ladder to here."""
 
 
 class Mlfq(Ranked):
@@ -118,7 +120,8 @@ class Mlfq(Ranked):
     # ── StepPolicy ────────────────────────────────────────────────────────────────────────────
 
     def _first_rank(self, job: JobFacts, now_s: float) -> tuple[float, ...]:
-        self._accounts[job.job_id] = _Account(self.first_level(job), next(self._turn))
+        level = self.first_level(job)
+        self._accounts[job.job_id] = _Account(level, next(self._turn), self.ladder(level))
         self._last_run_s[job.job_id] = now_s
         return self._rank(job)
 
@@ -141,6 +144,7 @@ class Mlfq(Ranked):
                 account.level += 1
             account.turn = next(self._turn)
             self._ranks[job_id] = self._rank(self._jobs[job_id])
+        account.depth = self.ladder(account.level) + account.used
         left = self._boosts.get(job_id)
         if left is not None and left > service:
             self._boosts[job_id] = left - service
@@ -188,16 +192,14 @@ class Mlfq(Ranked):
     def waits(self, order: list[str], *, num_places: int, step_s: float, now_s: float) -> list[float]:
         """Those ahead burn what separates them from this request's level, and none of them ends early;
         or until its boost is due, if that is sooner."""
-        waits: list[float] = []
-        burnt = 0.0
-        base, boosts, last_run_s = self._base_quantum, self._boosts, self._last_run_s
+        accounts, boosts, last_run_s = self._accounts, self._boosts, self._last_run_s
+        waits = [0.0] * min(num_places, len(order))
+        burnt = sum(accounts[job_id].depth for job_id in order[:num_places])
         until_boost_s = self._starvation_s - now_s
-        for position, job_id in enumerate(order):
-            account = self._accounts[job_id]
-            depth = (base << account.level) - base + account.used
-            if position < num_places:
-                waits.append(0.0)
-            elif job_id in boosts:
+        for position in range(len(waits), len(order)):
+            job_id = order[position]
+            depth = accounts[job_id].depth
+            if job_id in boosts:
                 waits.append(1.0)
             else:
                 to_run = (position * (depth + 1) - burnt) / num_places

@@ -14,7 +14,7 @@ The reserve is for arrivals: a request that has just come goes to the front, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +26,6 @@ class Holding(NamedTuple):
     """Needed to run: on the device, or on the host when it is swapped out."""
     num_backed_blocks: int = 0
     """Of these, with a copy on the host. The last, unfinished block of a running request has none."""
-    is_resident: bool = True
     is_movable: bool = True
     """Not while a transfer or a step in flight touches it."""
 
@@ -61,52 +60,50 @@ class SwapRule:
     def choose(
         self,
         order: Sequence[str],
-        waits: Sequence[float],
-        holdings: Mapping[str, Holding],
+        waits: Mapping[str, float],
+        away: Collection[str],
+        holding: Callable[[str], Holding],
         *,
         num_places: int,
         num_free_blocks: int,
         num_growth_blocks: int,
         num_arriving_blocks: int = 0,
     ) -> SwapChoice:
-        """`order` best first with their `waits`; requests without a holding are skipped.
+        """`order`: whoever has KV, best first; `away`: those of them whose KV is on the host. `holding` is
+        asked about few: who may leave, until enough may, and who is away.
         `num_growth_blocks`: what the next step's runners need beyond what they have;
         `num_arriving_blocks`: what requests that are about to get KV for the first time need."""
-        queue = [(job_id, holdings[job_id]) for job_id in order if job_id in holdings]
-        runs_next = {job_id for job_id, _ in queue[:num_places]}
-        wait_of = dict(zip(order, waits, strict=True))
+        runs_next, later = order[:num_places], order[num_places:]
         leaving_order = sorted(
-            (
-                job_id
-                for job_id, held in queue
-                if held.is_resident and held.is_movable and job_id not in runs_next
-            ),
-            key=wait_of.__getitem__,
-            reverse=True,
+            (job_id for job_id in later if job_id not in away), key=waits.__getitem__, reverse=True
         )
         returning = [
-            (job_id, held) for job_id, held in queue[:num_places] if not held.is_resident and held.is_movable
+            (job_id, held) for job_id in runs_next if job_id in away and (held := holding(job_id)).is_movable
         ]
         wanted = num_growth_blocks + num_arriving_blocks + sum(held.num_blocks for _, held in returning)
         short = max(0, wanted + self.reserve_blocks - num_free_blocks) if wanted else 0
 
         evict: list[str] = []
         back_up: list[str] = []
-        ready = 0
+        freed = ready = 0
+        num_ready_wanted = self.lookahead_blocks if self._is_tight(num_free_blocks) else 0
         for job_id in leaving_order:
-            held = holdings[job_id]
-            if held.is_backed:
-                if short > 0:
-                    evict.append(job_id)
-                    short -= held.num_blocks
-                else:
+            may_back_up = len(back_up) < self.max_moves and (short > 0 or ready < num_ready_wanted)
+            if short <= 0 and not may_back_up:
+                break
+            held = holding(job_id)
+            if not held.is_movable:
+                continue
+            if not held.is_backed:
+                if may_back_up:
+                    back_up.append(job_id)
                     ready += held.num_blocks
-            elif len(back_up) < self.max_moves and (
-                short > 0 or (ready < self.lookahead_blocks and self._is_tight(num_free_blocks))
-            ):
-                back_up.append(job_id)
+            elif short > 0:
+                evict.append(job_id)
+                short -= held.num_blocks
+                freed += held.num_blocks
+            else:
                 ready += held.num_blocks
-        freed = sum(holdings[job_id].num_blocks for job_id in evict)
         room = num_free_blocks + freed - num_growth_blocks - num_arriving_blocks
         bring_back: list[str] = []
         for job_id, held in returning[: self.max_moves]:
@@ -115,10 +112,10 @@ class SwapRule:
             room -= held.num_blocks
             bring_back.append(job_id)
         # Ahead of their turn: whoever comes next, while more than the reserve stays free.
-        for job_id, held in queue[num_places:]:
+        for job_id in later if away else ():
             if len(bring_back) >= self.max_moves or len(bring_back) < len(returning):
                 break
-            if held.is_resident or not held.is_movable:
+            if job_id not in away or not (held := holding(job_id)).is_movable:
                 continue
             if held.num_blocks > room - self.reserve_blocks:
                 break

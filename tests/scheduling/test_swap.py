@@ -5,11 +5,11 @@ from __future__ import annotations
 from baton.scheduling import Holding, SwapChoice, SwapRule
 
 
-def choose(rule: SwapRule, holdings: dict[str, Holding], **facts) -> SwapChoice:
+def choose(rule: SwapRule, holdings: dict[str, Holding], away: str = "", **facts) -> SwapChoice:
     order = list(holdings)
-    waits = [float(max(0, position - 1)) for position in range(len(order))]
+    waits = {job_id: float(max(0, position - 1)) for position, job_id in enumerate(order)}
     numbers = {"num_places": 2, "num_free_blocks": 0, "num_growth_blocks": 0} | facts
-    return rule.choose(order, waits, holdings, **numbers)
+    return rule.choose(order, waits, set(away), holdings.__getitem__, **numbers)
 
 
 def test_nothing_moves_while_memory_suffices():
@@ -48,18 +48,32 @@ def test_runners_of_the_next_step_are_never_evicted():
 
 def test_whose_turn_it_is_comes_back_first_then_the_next_one_if_the_reserve_stays():
     rule = SwapRule(reserve_blocks=4)
-    out = Holding(num_blocks=5, num_backed_blocks=5, is_resident=False)
-    holdings = {"a": Holding(num_blocks=5), "b": out, "c": out, "d": out}
-    assert choose(rule, holdings, num_free_blocks=9).bring_back == ("b",)
-    assert choose(rule, holdings, num_free_blocks=14).bring_back == ("b", "c")
+    holdings = {name: Holding(num_blocks=5) for name in "abcd"}
+    assert choose(rule, holdings, away="bcd", num_free_blocks=9).bring_back == ("b",)
+    assert choose(rule, holdings, away="bcd", num_free_blocks=14).bring_back == ("b", "c")
 
 
 def test_room_for_whose_turn_it_is_comes_from_the_far_end():
     rule = SwapRule(reserve_blocks=0)
     backed = Holding(num_blocks=5, num_backed_blocks=5)
-    holdings = {"a": backed, "b": Holding(num_blocks=5, is_resident=False), "c": backed, "d": backed}
-    choice = choose(rule, holdings, num_free_blocks=0)
+    holdings = dict.fromkeys("abcd", backed)
+    choice = choose(rule, holdings, away="b", num_free_blocks=0)
     assert choice.evict == ("d",) and choice.bring_back == ("b",)
+
+
+def test_only_as_many_are_looked_at_as_have_to_be_ready():
+    """A hundred residents, each with a copy: two of them are what the next steps may take."""
+    rule = SwapRule(reserve_blocks=4, lookahead_blocks=10)
+    asked: list[str] = []
+
+    def holding(job_id: str) -> Holding:
+        asked.append(job_id)
+        return Holding(num_blocks=5, num_backed_blocks=5)
+
+    order = [str(i) for i in range(100)]
+    waits = {job_id: float(job_id) for job_id in order}
+    choice = rule.choose(order, waits, (), holding, num_places=2, num_free_blocks=6, num_growth_blocks=0)
+    assert choice == SwapChoice() and asked == ["99", "98"]
 
 
 def test_what_moves_already_is_left_alone():

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,16 @@ from baton.engine.vllm.first_token import AsyncFirstTokenScheduler
 from baton.engine.vllm.host_swap import HostTier, host_tier_of
 from baton.engine.vllm.scheduler import QuietScheduler
 from baton.engine.vllm.stats import SCHEDULER_STATS
-from baton.scheduling import FairShare, FirstIteration, Holding, JobFacts, ShortestPrefill, SwapRule, by_name
+from baton.scheduling import (
+    FairShare,
+    FirstIteration,
+    Holding,
+    JobFacts,
+    ShortestPrefill,
+    SwapChoice,
+    SwapRule,
+    by_name,
+)
 
 OPTIONS = "baton_scheduler"
 """In vLLM's `additional_config`: the options below. In a request's `extra_args`: its facts, by the names
@@ -203,9 +212,7 @@ class PolicyMixin:
             entrants = self._make_room(order, admitted, choice, by_id, now_s)
         else:
             entrants = choice.entering(by_id)
-        for request in this.running:
-            if request.request_id not in choice.active:
-                self._park(request)
+        self._park_all_but(choice.active)
         allowed = [by_id[job_id] for job_id in entrants]
         withheld = _refill(this.waiting, allowed, this.waiting)
         late = _refill(this.kv_holding_waiting, [by_id[i] for i in admitted] + unready, ready)
@@ -231,7 +238,7 @@ class PolicyMixin:
 
     def _sort_running(self, order: list[str]) -> None:
         this: Any = self
-        place = {job_id: position for position, job_id in enumerate(order)}
+        place = dict(zip(order, range(len(order)), strict=True))
         this.running.sort(key=lambda request: place[request.request_id])
 
     def _num_blocks_not_waiting(self) -> int:
@@ -278,14 +285,16 @@ class PolicyMixin:
             num_needed = 0 if room is None or job_id in staying else self._num_blocks_to_run(request)
             if room is not None and num_needed > max(0, room):
                 continue
-            needs_seat = request.status != RequestStatus.RUNNING and not _is_read_pending(request)
-            if _is_read_pending(request):
+            is_running = request.status == RequestStatus.RUNNING
+            is_read = not is_running and _is_read_pending(request)
+            needs_seat = not (is_running or is_read)
+            if is_read:
                 if len(choice.reads) >= MAX_READS_PER_STEP:
                     continue
                 choice.reads.append(job_id)
             elif is_full or (needs_seat and num_seats <= 0) or not self._fits_loras(request, loras):
                 continue
-            elif self._is_swapped_out(request):
+            elif not is_running and self._is_swapped_out(request):
                 choice.returning.append(job_id)
             else:
                 choice.active[job_id] = None
@@ -307,22 +316,22 @@ class PolicyMixin:
         growth = sum(self._num_new_blocks(by_id[i]) for i in (*admitted, *choice.active) if i not in entering)
         num_free = this.kv_cache_manager.block_pool.get_num_free_blocks()
         arriving = sum(self._num_blocks_to_run(by_id[i]) for i in (*joiners, *choice.reads))
-        holdings: dict[str, Holding] = {}
-        waits = [0.0] * len(sequence)
-        if self._swap_rule.may_move(num_free, growth + arriving) or self._is_anyone_out(by_id):
-            holdings = self._holdings([by_id[job_id] for job_id in sequence])
+        away = self._away(by_id)
+        moves = SwapChoice()
+        if away or self._swap_rule.may_move(num_free, growth + arriving):
             waits = self._step_policy.waits(
                 sequence, num_places=self._max_batch_size, step_s=self._step_s, now_s=now_s
             )
-        moves = self._swap_rule.choose(
-            sequence,
-            waits,
-            holdings,
-            num_places=len(runs_next),
-            num_free_blocks=num_free,
-            num_growth_blocks=growth,
-            num_arriving_blocks=arriving,
-        )
+            moves = self._swap_rule.choose(
+                [i for i in sequence if by_id[i].status == RequestStatus.RUNNING or i in away],
+                dict(zip(sequence, waits, strict=True)),
+                away,
+                lambda job_id: self._holding(by_id[job_id]),
+                num_places=len(runs_next),
+                num_free_blocks=num_free,
+                num_growth_blocks=growth,
+                num_arriving_blocks=arriving,
+            )
         for job_id in moves.evict:
             this.running.remove(by_id[job_id])
             this._preempt_request(
@@ -365,31 +374,25 @@ class PolicyMixin:
             choice.active[this.running[0].request_id] = None
         return entrants
 
-    def _holdings(self, requests: Iterable[Request]) -> dict[str, Holding]:
-        """Of every resident in every step where memory is short, so it looks up little."""
-        block_size, host, stays_until = _block_size(self), self._host, self._stays_until
-        holdings: dict[str, Holding] = {}
-        for request in requests:
-            request_id = request.request_id
-            if request.status == RequestStatus.RUNNING:
-                num_computed = request.num_computed_tokens
-                if host is None:
-                    is_backed = request.num_preemptions < self._max_recomputes
-                else:
-                    num_full = num_computed // block_size * block_size
-                    is_backed = host.num_saved_tokens(request_id) >= num_full
-                num_blocks = -(-num_computed // block_size)
-                is_movable = (
-                    request.num_in_flight_tokens == 0
-                    and not (request_id in stays_until and self._must_stay(request))
-                    and not request.is_prefill_chunk
-                    and not request.resumable
-                )
-                holdings[request_id] = Holding(num_blocks, num_blocks if is_backed else 0, True, is_movable)
-            elif self._is_swapped_out(request):
-                num_blocks = self._num_blocks_to_run(request)
-                holdings[request_id] = Holding(num_blocks, num_blocks, is_resident=False)
-        return holdings
+    def _holding(self, request: Request) -> Holding:
+        """Of a resident, or of a request that was swapped out."""
+        if request.status != RequestStatus.RUNNING:
+            num_blocks = self._num_blocks_to_run(request)
+            return Holding(num_blocks, num_blocks)
+        block_size, num_computed = _block_size(self), request.num_computed_tokens
+        if self._host is None:
+            is_backed = request.num_preemptions < self._max_recomputes
+        else:
+            num_full = num_computed // block_size * block_size
+            is_backed = self._host.num_saved_tokens(request.request_id) >= num_full
+        num_blocks = -(-num_computed // block_size)
+        is_movable = (
+            request.num_in_flight_tokens == 0
+            and not self._must_stay(request)
+            and not request.is_prefill_chunk
+            and not request.resumable
+        )
+        return Holding(num_blocks, num_blocks if is_backed else 0, is_movable)
 
     def _back_up(self, request: Request) -> None:
         """Its full blocks; the last, unfinished one follows when it is evicted."""
@@ -426,12 +429,17 @@ class PolicyMixin:
             self._host.clear()
         return result
 
-    def _park(self, request: Request) -> None:
+    def _park_all_but(self, active: Container[str]) -> None:
         this: Any = self
         # vLLM's loop counts the step up first and passes over who is not eligible yet: one step only.
-        request.next_decode_eligible_step = max(request.next_decode_eligible_step, this.current_step + 2)
-        if request.spec_token_ids:
-            request.spec_token_ids = []
+        step = this.current_step + 2
+        for request in this.running:
+            if request.request_id in active:
+                continue
+            if request.next_decode_eligible_step < step:
+                request.next_decode_eligible_step = step
+            if request.spec_token_ids:
+                request.spec_token_ids = []
 
     def _choose_prefills(self, policy: ShortestPrefill, now_s: float) -> tuple[list[Request], list[Request]]:
         """The same on a prefill worker, where tokens are scarce and not places."""
@@ -453,9 +461,7 @@ class PolicyMixin:
                 budget -= max(1, policy.num_left(job_id))
         place = {job_id: position for position, job_id in enumerate(order)}
         this.running.sort(key=lambda request: place.get(request.request_id, len(place)))
-        for request in this.running:
-            if request.request_id not in active:
-                self._park(request)
+        self._park_all_but(active)
         allowed = [by_id[i] for i in active if by_id[i].status != RequestStatus.RUNNING]
         return _refill(this.waiting, allowed, this.waiting), []
 
@@ -466,7 +472,10 @@ class PolicyMixin:
 
     def _num_blocks_to_run(self, request: Request) -> int:
         """To compute its next token."""
-        return self._num_blocks(max(request.num_tokens, request.num_computed_tokens + 1))
+        this: Any = self
+        num_tokens, num_next = request.num_tokens, request.num_computed_tokens + 1
+        num_blocks: int = -(-(num_tokens if num_tokens > num_next else num_next) // this.block_size)
+        return num_blocks
 
     def _num_new_blocks(self, request: Request) -> int:
         return self._num_blocks_to_run(request) - self._num_blocks(request.num_computed_tokens)
@@ -491,9 +500,12 @@ class PolicyMixin:
         num_cached = this.kv_cache_manager.get_computed_blocks(request)[1]
         return self._host.num_to_load(request, num_cached) == 0
 
-    def _is_anyone_out(self, by_id: dict[str, Request]) -> bool:
+    def _away(self, by_id: dict[str, Request]) -> set[str]:
+        """Whose KV is on the host."""
         this: Any = self
-        return len(by_id) > len(this.running) and any(map(self._is_swapped_out, by_id.values()))
+        if len(by_id) == len(this.running):
+            return set()
+        return {job_id for job_id, request in by_id.items() if self._is_swapped_out(request)}
 
     def _fits_loras(self, request: Request, loras: set[int]) -> bool:
         this: Any = self
