@@ -220,7 +220,10 @@ def model_folder(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=list(_TOKENIZER_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError, ValueError) as error:
-        raise TokenizerMissing(f"{model} is neither a folder nor to be had from the hub: {error}") from error
+        first_line = str(error).partition("\n")[0]  # the hub's advice fills a screen
+        raise TokenizerMissing(
+            f"{model} is neither a folder nor to be had from the hub: {first_line}"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def served_model(asked: str | None, names: ServedNames) -> str:
     if not asked:
         return served[0]
     if asked not in served:
-        shown = " and ".join(served)
-        raise UnknownModel(f"model {asked[:200]!r} is not served here; {shown} is", param="model")
+        shown = ", ".join(served)
+        raise UnknownModel(f"model {asked[:200]!r} is not served here; served: {shown}", param="model")
     return asked
 
 
