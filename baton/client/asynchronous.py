@@ -10,7 +10,14 @@ from typing import Any
 
 from baton.client.submission import Prompt, build
 from baton.contract import codec
-from baton.contract.errors import CoordinatorLost, PeerError, ProtocolMismatch, QueueFull, error_from_report
+from baton.contract.errors import (
+    CoordinatorLost,
+    InvalidRequest,
+    PeerError,
+    ProtocolMismatch,
+    QueueFull,
+    error_from_report,
+)
 from baton.contract.messages import (
     AbortRequest,
     RequestDelta,
@@ -89,15 +96,19 @@ class AsyncBatonClient:
     def submit(self, prompt: Prompt, *, model: str | None = None, **options: Any) -> AsyncStream:
         """Send a request. `options` are the fields of `SamplingSpec` (max_tokens, temperature, ...).
 
-        Raises InvalidRequest for options that cannot work, QueueFull when nothing can be sent, and
-        CoordinatorLost between the loss of a coordinator and the next one. (Before the first one is up, a
-        request waits for it.)
+        Raises InvalidRequest for options that cannot work and for more than fits into a message, QueueFull
+        when nothing can be sent, and CoordinatorLost between the loss of a coordinator and the next one.
+        (Before the first one is up, a request waits for it.)
         """
         if self._is_lost:
             raise CoordinatorLost(f"there is no coordinator at {self.address} any more")
         stream = AsyncStream(self, f"r{next(self._ids)}", self._timeout_s)
-        message = build(stream.request_id, prompt, model, options)
-        if not self._channel.send(codec.encode(message)):
+        frame = codec.encode(build(stream.request_id, prompt, model, options))
+        if len(frame) > codec.MAX_MESSAGE_BYTES:  # sent, it would cost the connection and all on it
+            raise InvalidRequest(
+                f"the request has {len(frame)} bytes, the limit is {codec.MAX_MESSAGE_BYTES}"
+            )
+        if not self._channel.send(frame):
             raise QueueFull(f"the queue to {self.address} is full")
         self._streams[stream.request_id] = stream
         return stream

@@ -155,6 +155,22 @@ def test_many_streams_share_one_connection():
     run(scenario)
 
 
+def test_a_request_too_large_for_the_wire_is_refused_and_the_other_streams_go_on():
+    """Sent, it would cost the connection, and all requests on it."""
+
+    async def scenario(intake, client) -> None:
+        waiting = client.submit([3], max_tokens=4)
+        await intake.submitted.wait()
+        with pytest.raises(InvalidRequest, match="the limit is 16777216"):
+            await collect(client.submit("x" * 17_000_000))
+        assert await collect(client.submit([7, 8], max_tokens=4)) == [7, 8]
+        (sink,) = intake.running.values()
+        sink.on_finished(RequestReport(outcome=Outcome.COMPLETED))
+        assert await collect(waiting) == []
+
+    run(scenario)
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "error"),
     [
