@@ -21,7 +21,9 @@ from baton.contract.errors import (
     Aborted,
     DeadlineExceeded,
     Draining,
+    EngineFailed,
     PhaseTimeout,
+    PromptTooLong,
     QueueFull,
     ServingError,
     TransferFailed,
@@ -359,6 +361,8 @@ class Core:
         phase, report = request.state.value, message.error
         if report.code == Aborted.code:  # not by us: then this leg would be unknown
             report = WorkerLost(f"worker {worker.worker_id} gave the request up: {report.message}").report()
+        elif report.code == PromptTooLong.code:  # for a worker that joined after the request was accepted
+            report = EngineFailed(report.message).report()
         report = msgspec.structs.replace(
             report, phase=report.phase or phase, worker_id=report.worker_id or worker.worker_id
         )

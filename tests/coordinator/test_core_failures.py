@@ -119,6 +119,29 @@ def test_attempts_are_bounded(bench):
     bench.assert_nothing_is_held()
 
 
+def test_an_accepted_prompt_that_a_later_worker_cannot_hold_goes_to_another(make_bench):
+    """
+    1. a prompt is accepted by the limits of then, and waits
+    2. the worker that gets it has joined since, with a smaller limit, and says no
+    3. that is no mistake of the client's: another worker computes it
+    """
+    bench = make_bench()
+    bench.add("p0", P)
+    bench.add("d0", D, max_batch_size=1)
+    bench.submit("first", max_tokens=2)
+    sink = bench.submit("r", num_prompt_tokens=300)
+    bench.perform(bench.core.worker_lost("p0", "replaced", bench.now_s))
+    bench.add("p1", P, max_model_len=256)
+    bench.perform(bench.core.abort("first", bench.now_s))
+    worker_id, start = bench.take(StartPrefill)[-1]
+    assert (worker_id, start.request_id) == ("p1", "r")
+    bench.add("p2", P)
+    bench.fail("p1", start.handoff_id, "context_length_exceeded")
+    assert not sink.reports
+    ((worker_id, _),) = bench.take(StartPrefill)
+    assert worker_id == "p2"
+
+
 def test_a_request_the_engine_refuses_is_not_tried_again(bench):
     sink = bench.submit("r")
     ((worker, start),) = bench.take(StartPrefill)
