@@ -398,10 +398,16 @@ class WorkerRuntime:
         else:
             event(logger, "leg started", handoff_id=message.handoff_id, request_id=message.request_id,
                   num_prompt_tokens=action.leg.num_prompt_tokens)  # fmt: skip
-            if isinstance(message, StartPrefill):
-                self._engine.start_prefill(message)
-            else:
-                self._engine.start_decode(with_lease_left(message, self._clock.now_s()))
+            try:
+                if isinstance(message, StartPrefill):
+                    self._engine.start_prefill(message)
+                else:
+                    self._engine.start_decode(with_lease_left(message, self._clock.now_s()))
+            except Exception as error:  # not foreseen by the engine: nobody else would say that it is over
+                logger.exception("leg broke handoff_id=%s", message.handoff_id)
+                self._engine.abort(message.handoff_id)
+                reason = f"the engine broke on this request: {error!r}"
+                self.on_leg_failed(message.handoff_id, EngineFailed(reason).report())
 
     # ── from the engine ──────────────────────────────────────────────────────────────────────
 

@@ -84,6 +84,24 @@ async def test_a_bad_leg_fails_without_the_engine(make_coordinator, make_engine,
         assert engine.commands == []
 
 
+async def test_a_leg_that_the_engine_breaks_on_fails_at_once(
+    make_coordinator, make_engine, run_runtime, start_decode
+):
+    """Otherwise its request would wait for as long as a phase may take, once for each attempt."""
+    coordinator, engine = make_coordinator(), make_engine()
+
+    def break_down(message):
+        raise KeyError("a mistake")
+
+    engine.start_decode = break_down
+    async with run_runtime(engine, coordinator.address):
+        await coordinator.expect(Heartbeat)
+        coordinator.send(start_decode("h1"))
+        failed = await coordinator.expect(LegFailed)
+        assert (failed.handoff_id, failed.error.code) == ("h1", "engine_failed")
+        assert await engine.expect(1) == [("abort", "h1")]
+
+
 async def test_abort_reaches_the_engine_and_its_answer_the_coordinator(
     make_coordinator, make_engine, run_runtime, start_decode
 ):
