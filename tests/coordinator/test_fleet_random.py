@@ -91,8 +91,9 @@ class Process:
         self.fleet, self.rng = fleet, fleet.rng
         self.worker_id = worker_id
         self.registration = msgspec.structs.replace(
-            registration(worker_id, role, num_blocks=24, max_batch_size=4), boot_id=f"{fleet.rng.random()}",
-            has_kv_events=fleet.has_kv_events, stream_params=fleet.rng.choice([None, {}, {}]),
+            registration(worker_id, role, num_blocks=fleet.rng.choice([9, 24]), max_batch_size=4),
+            boot_id=f"{fleet.rng.random()}", has_kv_events=fleet.has_kv_events,
+            stream_params=fleet.rng.choice([None, {}, {}]),
             streams_first_token=fleet.rng.random() < 0.7, prefill_window_tokens=fleet.rng.choice([None, 64]),
         )  # fmt: skip
         self.legs: dict[str, Leg] = {}
@@ -296,7 +297,7 @@ class Fleet:
         self.core = Core(
             CoreSettings(
                 max_queued=12, pace=pace if rng.random() < 0.5 else None, tests_joins=rng.random() < 0.5,
-                keeps_records=rng.random() < 0.3, kv_index_bytes=1 << 20,
+                keeps_records=rng.random() < 0.3, kv_index_bytes=1 << 20, max_attempts=rng.choice([1, 3, 3]),
                 transfer_failure_policy=rng.choice(["recompute", "recompute", "fail"]),
             ),
             registry.by_name(registry.DEFAULT_PREFILL), registry.by_name(registry.DEFAULT_DECODE), "b",
