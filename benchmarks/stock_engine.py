@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from baton.engine.vllm.engine import LEASE_END_S, VllmEngine
+from baton.engine.vllm.engine import VllmEngine
 from baton.engine.vllm.settings import VllmEngineSettings, transfer_arguments
+from baton.engine.vllm.transfer_params import LEASE_END_S
 
 
 class StockEngine(VllmEngine):

@@ -111,12 +111,12 @@ def test_logprobs_keep_vllms_order() -> None:
 
 
 def test_the_engine_and_the_connector_use_the_same_keys() -> None:
-    from baton.engine.vllm import engine, start
+    from baton.engine.vllm import transfer_params
     from baton.transfer import nixl_connector, nixl_stream_connector, nixl_stream_scheduler
 
-    assert engine.STREAM_ID == nixl_stream_scheduler.STREAM_ID
+    assert transfer_params.STREAM_ID == nixl_stream_scheduler.STREAM_ID
     for name in ("HOLD_UNLESS_STOPPED", "LEASE_END_S", "RELEASE_HELD"):
-        assert getattr(engine, name) == getattr(nixl_connector, name)
+        assert getattr(transfer_params, name) == getattr(nixl_connector, name)
     settings = VllmEngineSettings(model="m", role=WorkerRole.DECODE)
     arguments = transfer_arguments(settings)
     assert arguments["kv_connector_module_path"] == nixl_connector.CONNECTOR_MODULE
@@ -129,8 +129,8 @@ def test_the_engine_and_the_connector_use_the_same_keys() -> None:
     assert hasattr(nixl_stream_connector, arguments["kv_connector"])
     both = VllmEngineSettings(model="m", role=WorkerRole.BOTH, transfer="stream")
     assert transfer_arguments(both)["kv_connector"] == nixl_connector.CONNECTOR_NAME
-    assert engine.STREAM_LEASE_S == nixl_stream_scheduler.STREAM_LEASE_S
-    assert start.NUM_STAGES == nixl_connector.NUM_STAGES
+    assert transfer_params.STREAM_LEASE_S == nixl_stream_scheduler.STREAM_LEASE_S
+    assert transfer_params.NUM_STAGES == nixl_connector.NUM_STAGES
 
 
 def test_host_memory_for_kv_comes_behind_nixl() -> None:

@@ -15,7 +15,8 @@ import torch
 from baton.contract.errors import EngineFailed
 from baton.contract.lifecycle import WorkerRole
 from baton.engine.vllm.settings import VllmEngineSettings
-from baton.engine.vllm.start import NUM_STAGES, construct, describe
+from baton.engine.vllm.start import construct, describe
+from baton.engine.vllm.transfer_params import NUM_STAGES
 
 
 def config(*, use_mla: bool = False) -> SimpleNamespace:

@@ -5,9 +5,6 @@ one synchronous loop, to whatever object a request was added with; here that obj
 itself, so a token costs a method call, with no task or queue per request. The stat logger is called
 right after that loop: everything collected since the last call is one step, and is told to the
 listener at once, with the load already current.
-
-What a prefill leg leaves behind, its held KV, is not part of vLLM's request any more. The engine
-remembers it until its lease is over, so that `abort` can still give it back early.
 """
 
 from __future__ import annotations
@@ -50,6 +47,7 @@ from baton.contract.tokens import num_token_ids, unpack_token_ids
 from baton.engine.base import EngineDescription, EngineListener, FinishedPrefill
 from baton.engine.vllm.drift import installed_drift
 from baton.engine.vllm.given_tokens import read_again
+from baton.engine.vllm.held_kv import HeldKv
 from baton.engine.vllm.kv_events import VllmKvEvents
 from baton.engine.vllm.params import decode_params, output_logprobs, prefill_params, prompt_logprobs
 from baton.engine.vllm.settings import (
@@ -68,21 +66,12 @@ from baton.engine.vllm.start import (
     warm_up,
 )
 from baton.engine.vllm.stats import LoadGauge
-from baton.transfer.lease import ReadWindow, time_left_s
+from baton.engine.vllm.transfer_params import RELEASE_HELD, held_source, is_held, to_hold, to_read
 
 logger = logging.getLogger("baton.engine")
 
 SHUTDOWN_GRACE_S = 5.0
 """How long vLLM waits for its processes to end by themselves before it kills them."""
-
-# The connector's keys. They are strings here because its module loads nixl, which only the engine's
-# child processes need; a test compares them.
-HOLD_UNLESS_STOPPED = "baton_hold_unless_stopped"
-LEASE_END_S = "baton_lease_end_s"
-RELEASE_HELD = "baton_release_held"
-STREAM_ID = "baton_stream_id"
-STREAM_LEASE_S = "baton_stream_lease_s"
-STREAM_FIRST_TOKEN = "baton_stream_first_token"
 
 
 @dataclass(slots=True, eq=False)
@@ -103,14 +92,6 @@ class _Leg:
         self.engine._on_output(self, output)
 
 
-@dataclass(frozen=True, slots=True)
-class _Hold:
-    """KV of a finished prefill leg that a decode worker may still read."""
-
-    vllm_id: str
-    forget_at_s: float
-
-
 class VllmEngine:
     """Implements `baton.engine.base.Engine`. One per process: vLLM reads the environment."""
 
@@ -125,7 +106,7 @@ class VllmEngine:
         self._listener: EngineListener | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._legs: dict[str, _Leg] = {}
-        self._holds: dict[str, _Hold] = {}
+        self._held = HeldKv(kv_lease_s=settings.kv_lease_s)
         self._pending: list[SequenceDelta] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._supported_tasks: tuple[Any, ...] = ()
@@ -246,50 +227,29 @@ class VllmEngine:
     # ── legs ──────────────────────────────────────────────────────────────────────────────────
 
     def start_prefill(self, message: StartPrefill) -> None:
-        hold: dict[str, Any] = {
-            "do_remote_decode": True,
-            "do_remote_prefill": False,
-            HOLD_UNLESS_STOPPED: True,
-        }
-        if self._can_stream:
-            hold[STREAM_ID] = message.handoff_id
         self._start_leg(
             message.handoff_id,
             message.prompt_token_ids,
             message.sampling,
             num_given_tokens=message.num_given_tokens,
             is_prefill=True,
-            transfer_params=hold if message.keep_kv else None,
+            transfer_params=to_hold(message, can_stream=self._can_stream),
         )
 
     def start_decode(self, message: StartDecode) -> None:
         self._has_decoded = True
-        source = message.kv_source
-        transfer_params = None
-        if source is not None:
-            window = ReadWindow.opened(
-                now_s=time.monotonic(),
-                lease_s=source.lease_s,
-                margin_s=self._settings.kv_lease_margin_s,
-                pull_timeout_s=self._settings.kv_pull_timeout_s,
-            )
-            transfer_params = {**source.transfer_params, LEASE_END_S: window.lease_end_s}
-            if source.is_streamed:
-                transfer_params |= {
-                    "do_remote_prefill": True,
-                    "do_remote_decode": False,
-                    "remote_num_tokens": source.num_tokens,
-                    STREAM_ID: message.handoff_id,
-                    STREAM_LEASE_S: source.lease_s,
-                    STREAM_FIRST_TOKEN: source.has_first_token,
-                }
         self._start_leg(
             message.handoff_id,
             message.prompt_token_ids,
             message.sampling,
             num_given_tokens=message.num_given_tokens,
             is_prefill=False,
-            transfer_params=transfer_params,
+            transfer_params=to_read(
+                message,
+                now_s=time.monotonic(),
+                margin_s=self._settings.kv_lease_margin_s,
+                pull_timeout_s=self._settings.kv_pull_timeout_s,
+            ),
         )
 
     def _start_leg(
@@ -355,8 +315,8 @@ class VllmEngine:
         if leg := self._legs.get(handoff_id):
             # vLLM answers with a last output (finish reason "abort"), which ends the leg.
             self._send(self._llm.abort(leg.vllm_id, internal=True))
-        elif hold := self._holds.pop(handoff_id, None):
-            self._release(handoff_id, hold.vllm_id)
+        elif vllm_id := self._held.take(handoff_id):
+            self._release(handoff_id, vllm_id)
 
     def _release(self, handoff_id: str, vllm_id: str) -> None:
         """Give back held KV now. Carried by a request that vLLM aborts on arrival."""
@@ -428,7 +388,7 @@ class VllmEngine:
             or leg.num_prompt_tokens + 1 >= self._max_model_len
         )
         kv_source = None
-        if params and params.get(LEASE_END_S) is not None:
+        if is_held(params):
             if is_over:
                 self._release(leg.handoff_id, leg.vllm_id)
             else:
@@ -456,23 +416,9 @@ class VllmEngine:
 
     def _hold(self, leg: _Leg, params: dict[str, Any]) -> KvSource:
         now_s = time.monotonic()
-        lease_end_s = params.pop(LEASE_END_S)
-        self._forget_expired_holds(now_s)
-        # A waiting reader's heartbeats may have prolonged it, so an abort is of use a while longer.
-        self._holds[leg.handoff_id] = _Hold(leg.vllm_id, lease_end_s + 2.0 * self._settings.kv_lease_s)
-        num_blocks = len(params["remote_block_ids"][0])
-        return KvSource(
-            lease_s=time_left_s(lease_end_s=lease_end_s, now_s=now_s),
-            num_tokens=params["remote_num_tokens"],
-            num_bytes=num_blocks * self._kv_bytes_per_block,
-            transfer_params=params,
-        )
-
-    def _forget_expired_holds(self, now_s: float) -> None:
-        for handoff_id, hold in list(self._holds.items()):
-            if now_s < hold.forget_at_s:
-                break  # in order of time
-            del self._holds[handoff_id]
+        source, lease_end_s = held_source(params, now_s=now_s, kv_bytes_per_block=self._kv_bytes_per_block)
+        self._held.keep(leg.handoff_id, leg.vllm_id, lease_end_s=lease_end_s, now_s=now_s)
+        return source
 
     def _error_of(self, leg: _Leg, finish_reason: str) -> ServingError:
         if leg.has_kv_source:

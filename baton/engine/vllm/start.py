@@ -21,12 +21,10 @@ from baton.contract.errors import EngineFailed, ServingError
 from baton.contract.messages import KvLayout, WorkerCapacity
 from baton.engine.base import EngineDescription
 from baton.engine.vllm.settings import VllmEngineSettings
+from baton.engine.vllm.transfer_params import NUM_STAGES
 from baton.engine.weights import weights_identity
 
 logger = logging.getLogger("baton.engine")
-
-NUM_STAGES = "baton_num_stages"
-"""A key of the connector; see those of `engine`."""
 
 
 async def construct(make: Callable[[], Any]) -> Any:
