@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -183,6 +184,16 @@ class Bench:
             load=WorkerLoad(),
         )
         self.perform(self.core.step(self.worker(worker_id), message, self.now_s))
+
+    def answer_one(self, dice: random.Random, live: list[tuple[str, Any]]) -> None:
+        """One of these legs whose worker is still here: its prompt is done, or it gets a token."""
+        worker, message = dice.choice(live)
+        if self.worker(worker) is None:
+            return
+        if isinstance(message, StartPrefill):
+            self.finish_prefill(worker, message.handoff_id, finish=dice.choice([None, None, "stop"]))
+        else:
+            self.step(worker, message.handoff_id, 5, finish=dice.choice([None, "length"]))
 
     def fail(self, worker_id: str, handoff_id: str, code: str = "kv_transfer_failed") -> None:
         message = LegFailed(handoff_id=handoff_id, error=ErrorReport(code=code, message="it broke"))

@@ -189,13 +189,7 @@ def test_every_request_ends_once_whatever_happens(make_bench, roles, seed):
             except ServingError:
                 pass
         elif choice < 0.8 and live:
-            worker, message = rng.choice(live)
-            if bench.worker(worker) is None:
-                continue
-            if isinstance(message, StartPrefill):
-                bench.finish_prefill(worker, message.handoff_id, finish=rng.choice([None, None, "stop"]))
-            else:
-                bench.step(worker, message.handoff_id, 5, finish=rng.choice([None, "length"]))
+            bench.answer_one(rng, live)
         elif choice < 0.87 and live:
             worker, message = rng.choice(live)
             if bench.worker(worker) is not None:

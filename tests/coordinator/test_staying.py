@@ -205,13 +205,7 @@ def test_every_record_of_a_random_fleet_decides_again_the_same(make_bench, roles
             bench.kv_events(name, events[name], stored(prompt, rng.randint(0, (len(prompt) - 1) // BLOCK)))
             events[name] += 1
         elif choice < 0.9 and live:
-            worker, message = rng.choice(live)
-            if bench.worker(worker) is None:
-                continue
-            if isinstance(message, StartPrefill):
-                bench.finish_prefill(worker, message.handoff_id, finish=rng.choice([None, None, "stop"]))
-            else:
-                bench.step(worker, message.handoff_id, 5, finish=rng.choice([None, "length"]))
+            bench.answer_one(rng, live)
         elif choice < 0.94 and live:
             worker, message = rng.choice(live)
             if bench.worker(worker) is not None:
