@@ -14,7 +14,8 @@ that all KV is there (streamed: and the first token, which comes with it); both 
 token, and the decode engine's first token of its own is the second of the answer.
 
 `bandwidth` compares writes of one chunk's size: streamed ones, and those of a process that does nothing but
-NIXL WRITE with the same descriptors, on the idle machine and while the same engine computes a prompt.
+NIXL WRITE with the same descriptors between pools like the engines', on the idle machine and while the same
+engine computes a prompt.
 The model is random and made for weight: 64 KiB of KV per token, 8 layers, float32.
 """
 
@@ -51,6 +52,7 @@ CHUNK_TOKENS = 512
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 8, 8, 128
 KV_BYTES_PER_TOKEN = NUM_LAYERS * 2 * NUM_KV_HEADS * HEAD_DIM * 4
 BLOCK_TOKENS = 32
+KV_POOL_BYTES = 1280 << 20
 MAIN_TOKENS = 4096
 NUM_OUTPUT_TOKENS = 4
 CONCURRENCY = 4
@@ -96,6 +98,11 @@ class Timing:
     def first_token_s(self) -> float:
         """From the end of the forward pass, at the client."""
         return self.prefilled_s - self.forward_s
+
+    @property
+    def decode_step_s(self) -> float:
+        """From the report that all KV is there to the decode engine's own first token, at the client."""
+        return self.token_s[0] - self.arrived_s
 
     @property
     def second_token_s(self) -> float:
@@ -166,7 +173,7 @@ class HandoffPair:
             "model": str(build_heavy_model(folder / "model")),
             "max_model_len": 8192 + 64,
             "max_num_batched_tokens": CHUNK_TOKENS,
-            "kv_cache_bytes": 1280 << 20,
+            "kv_cache_bytes": KV_POOL_BYTES,
             "transfer": "stream",
             "kv_load_failure_policy": "fail",
             "is_prefix_caching_enabled": False,
@@ -305,6 +312,7 @@ class BareWriter:
         command = ["-m", "benchmarks.bare_write", "--on-demand", "--layers", str(NUM_LAYERS)]
         command += ["--blocks", str(CHUNK_TOKENS // BLOCK_TOKENS)]
         command += ["--block-kib", str(KV_BYTES_PER_TOKEN * BLOCK_TOKENS // NUM_LAYERS // 1024)]
+        command += ["--pool-blocks", str(KV_POOL_BYTES // (KV_BYTES_PER_TOKEN * BLOCK_TOKENS))]
         pipe = asyncio.subprocess.PIPE
         return cls(await asyncio.create_subprocess_exec(sys.executable, *command, stdin=pipe, stdout=pipe))
 
@@ -446,19 +454,22 @@ def judge_flat(report: Report, flat: dict[int, list[Timing]], single: dict[str, 
 def judge_several(report: Report, several: dict[str, list[list[Timing]]]) -> None:
     if not several:
         return
+    for row in ("exposed", "decode_step", "second_token"):
+        for mode, batches in several.items():
+            values = [median(getattr(t, f"{row}_s") for t in batch) for batch in batches]
+            report.figures.append(
+                Figure(
+                    row=f"{row}_at_{CONCURRENCY}",
+                    subject=mode,
+                    unit="ms",
+                    spread=spread([1e3 * value for value in values]),
+                )
+            )
     medians = {
         mode: [median(t.second_token_s for t in batch) for batch in batches]
         for mode, batches in several.items()
     }
-    for mode, values in medians.items():
-        report.figures.append(
-            Figure(
-                row=f"second_token_at_{CONCURRENCY}",
-                subject=mode,
-                unit="ms",
-                spread=spread([1e3 * value for value in values]),
-            )
-        )
+    for mode in medians:
         gaps = [
             max(t.second_token_s for t in batch) / median(t.second_token_s for t in batch)
             for batch in several[mode]
