@@ -100,6 +100,8 @@ class LeasedMetadata(NixlConnectorMetadata):
         self.windows: dict[str, ReadWindow] = {}
         self.released_req_ids: set[str] = set()
         self.digests = DigestOrders()
+        self.rest_s = 0.0
+        """Nothing to compute: the workers may rest so long before they say what has become of transfers."""
 
 
 class LeasedNixlConnector(NixlPullConnector):
@@ -199,8 +201,6 @@ class LeasedPullScheduler(SigningScheduler):
         return num_tokens, num_tokens > 0
 
     def build_connector_meta(self, scheduler_output: Any) -> LeasedMetadata:
-        if self._pace is not None:
-            time.sleep(self._pace.sleep_s(has_work=scheduler_output.total_num_scheduled_tokens > 0))
         windows = {
             req_id: ReadWindow(
                 lease_end_s=float(lease_end_s),
@@ -214,6 +214,8 @@ class LeasedPullScheduler(SigningScheduler):
         metadata = LeasedMetadata(super().build_connector_meta(scheduler_output))
         metadata.windows, metadata.digests = windows, digests
         metadata.released_req_ids, self._released_req_ids = self._released_req_ids, set()
+        if self._pace is not None:
+            metadata.rest_s = self._pace.sleep_s(has_work=scheduler_output.total_num_scheduled_tokens > 0)
         return metadata
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
@@ -249,6 +251,7 @@ class LeasedPullWorker(SigningWorker):
         extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
         with _same_cores() if extra_config.get("is_affinity_kept", False) else contextlib.nullcontext():
             super().__init__(vllm_config, engine_id, kv_cache_config)
+        self._rest_s = 0.0
         self._windows: dict[str, ReadWindow] = {}
         self._read_started_s: dict[str, float] = {}
         self._to_report_sent: set[str] = set()
@@ -270,6 +273,7 @@ class LeasedPullWorker(SigningWorker):
                 heartbeat.port += stage
         super().start_load_kv(metadata)
         if isinstance(metadata, LeasedMetadata):
+            self._rest_s = metadata.rest_s
             # After the base class has taken over this step's new holds: they may be among these.
             due_s = time.monotonic() + RELEASE_GRACE_S
             for req_id in metadata.released_req_ids & self._reqs_to_send.keys():
@@ -330,6 +334,9 @@ class LeasedPullWorker(SigningWorker):
         self._handle_failed_transfer(req_id, None, self._recv_failures, record_failed_transfer=False)
 
     def get_transfer_results(self) -> KVConnectorTransferResults:
+        rest_s, self._rest_s = self._rest_s, 0.0
+        if rest_s > 0.0:
+            self.rest(rest_s)
         results = super().get_transfer_results()
         for req_id in results.finished_recving:
             self._windows.pop(req_id, None)
@@ -343,6 +350,10 @@ class LeasedPullWorker(SigningWorker):
             results.finished_sending |= self._to_report_sent
             self._to_report_sent = set()
         return results
+
+    def rest(self, rest_s: float) -> None:
+        """There was nothing to compute."""
+        time.sleep(rest_s)
 
     def _release_due(self, read_req_ids: set[str]) -> None:
         """A read under way needs this engine's steps, and it steps while it holds something."""

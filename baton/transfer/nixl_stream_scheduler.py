@@ -79,7 +79,7 @@ class StreamMetadata(LeasedMetadata):
     def __init__(self, leased: LeasedMetadata, orders: StreamOrders) -> None:
         super().__init__(leased)
         self.windows, self.released_req_ids = leased.windows, leased.released_req_ids
-        self.digests = leased.digests
+        self.digests, self.rest_s = leased.digests, leased.rest_s
         self.orders = orders
 
 

@@ -1,7 +1,7 @@
 """Worker side of streaming: carries out the destination's half here, hands the source's half to a thread.
 
 A decode engine steps all the time while it waits for KV, so its half needs no thread: notices are read
-in every step. A prefill engine may be deep in another prompt's chunk, so its half has one
+in every step, and end its rests. A prefill engine may be deep in another prompt's chunk, so its half has one
 (`nixl_stream_writer`). Both halves are the machines of `baton.handoff`.
 """
 
@@ -48,6 +48,7 @@ from baton.handoff.source import (
     SourceTable,
 )
 from baton.handoff.timing import MAX_OUTSTANDING_BYTES, REASSURE_EVERY_S, RESEND_S, SILENCE_S, TIMER_S
+from baton.transfer.idle_pace import rest_until
 from baton.transfer.lease import DEFAULT_PULL_TIMEOUT_S
 from baton.transfer.nixl_connector import LeasedPullWorker
 from baton.transfer.nixl_stream_peers import KvMemory
@@ -234,6 +235,13 @@ class StreamWorker(LeasedPullWorker):
             results.failed_recving |= self._failed
             self._done, self._failed = set(), set()
         return results
+
+    def rest(self, rest_s: float) -> None:
+        """A client waits for a stream's last notice, so a notice ends the rest."""
+        if self._reservations:
+            rest_until(self._notices.has_ours, rest_s)
+        else:
+            super().rest(rest_s)
 
     def take_first_tokens(self) -> FirstTokens | None:
         if not self._first_tokens:

@@ -88,6 +88,11 @@ class NoticeSorter:
             stock, self._stock = self._stock, {}
         return stock
 
+    def has_ours(self) -> bool:
+        with self._lock:
+            self._sort()
+            return bool(self._ours)
+
     def take_ours(self) -> list[bytes]:
         with self._lock:
             self._sort()

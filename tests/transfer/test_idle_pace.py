@@ -1,8 +1,10 @@
-"""An engine that waits in vain steps more slowly; one with work never rests."""
+"""An engine that waits in vain steps more slowly; one with work never rests; what comes ends a rest."""
 
 from __future__ import annotations
 
-from baton.transfer.idle_pace import NUM_FAST_STEPS, SLOW_STEP_S, IdlePace
+import pytest
+
+from baton.transfer.idle_pace import LOOK_S, NUM_FAST_STEPS, SLOW_STEP_S, IdlePace, rest_until
 
 
 def test_the_first_steps_of_a_wait_come_at_full_pace():
@@ -17,3 +19,18 @@ def test_work_starts_the_count_again():
         pace.sleep_s(has_work=False)
     assert pace.sleep_s(has_work=True) == 0.0
     assert pace.sleep_s(has_work=False) == 0.0
+
+
+def test_what_comes_ends_a_rest():
+    slept_s: list[float] = []
+    looks = iter([False, False, True])
+    rest_until(lambda: next(looks), SLOW_STEP_S, slept_s.append)
+    assert sum(slept_s) == pytest.approx(2 * LOOK_S)
+
+
+def test_a_rest_in_which_nothing_comes_has_its_whole_length():
+    for rest_s in (SLOW_STEP_S, 0.3 * LOOK_S, 2.7 * LOOK_S):
+        slept_s: list[float] = []
+        rest_until(lambda: False, rest_s, slept_s.append)
+        assert sum(slept_s) == pytest.approx(rest_s)
+        assert max(slept_s) <= 1.5 * LOOK_S
