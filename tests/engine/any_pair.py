@@ -14,6 +14,7 @@ from baton.contract.messages import KvEvent, SequenceDelta, StartDecode, StartPr
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import pack_token_ids
 from baton.engine.base import Engine, EngineDescription, FinishedPrefill
+from tests.engine.pair import start_both
 
 T = TypeVar("T")
 
@@ -90,9 +91,11 @@ class Pair:
         return self._runner.run(with_deadline())
 
     async def start(self) -> None:
-        # One after the other: a real engine reads its environment when it starts.
-        self.prefill_is: EngineDescription = await self.prefill.start(self.prefill_heard)
-        self.decode_is: EngineDescription = await self.decode.start(self.decode_heard)
+        self.prefill_is: EngineDescription
+        self.decode_is: EngineDescription
+        self.prefill_is, self.decode_is = await start_both(
+            lambda: self.prefill.start(self.prefill_heard), lambda: self.decode.start(self.decode_heard)
+        )
 
     async def stop(self) -> None:
         await self.prefill.stop()

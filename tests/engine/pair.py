@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,6 +44,20 @@ class LegResult:
     last: SequenceDelta | None
     error: ErrorReport | None
     num_deltas: int
+
+
+async def start_both(
+    prefill: Callable[[], Coroutine[Any, Any, T]], decode: Callable[[], Coroutine[Any, Any, T]]
+) -> tuple[T, T]:
+    """Starts two engines of this process at the same time. vLLM reads the environment, so the second one's
+    is set once the first one's child has its own copy."""
+    before = set(multiprocessing.active_children())
+    async with asyncio.TaskGroup() as starts:
+        first = starts.create_task(prefill())
+        while not first.done() and before.issuperset(multiprocessing.active_children()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        second = starts.create_task(decode())
+    return first.result(), second.result()
 
 
 @dataclass
@@ -183,18 +198,23 @@ class EnginePair:
         self.prefill: VllmEngine = engine_class(
             VllmEngineSettings(role=WorkerRole.PREFILL, **(common | (prefill or {})))
         )
-        self.prefill_description: EngineDescription = await self.prefill.start(self.prefill_listener)
         self.decode: VllmEngine = engine_class(
             VllmEngineSettings(role=WorkerRole.DECODE, **(common | (decode or {})))
         )
-        self.decode_description: EngineDescription = await self.decode.start(self.decode_listener)
+        self.prefill_description: EngineDescription
+        self.decode_description: EngineDescription
+        self.prefill_description, self.decode_description = await start_both(
+            lambda: self.prefill.start(self.prefill_listener), lambda: self.decode.start(self.decode_listener)
+        )
 
     def close(self) -> None:
-        self.run(self.prefill.stop())
-        self.run(self.decode.stop())
+        self.run(self._stop())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(5)
         self.loop.close()
+
+    async def _stop(self) -> None:
+        await asyncio.gather(self.prefill.stop(), self.decode.stop())
 
     def new_handoff_id(self) -> str:
         self._num_legs += 1
@@ -269,7 +289,7 @@ class EnginePair:
         await self.decode._llm.reset_prefix_cache()
         await self.prefill._llm.reset_prefix_cache()
 
-    async def wait_until_free(self, timeout_s: float = 3.0) -> None:
+    async def wait_until_free(self, timeout_s: float = LEASE_S / 2) -> None:
         """Until all KV blocks of both engines are free again; what is held by a lease is not."""
         deadline_s = time.monotonic() + timeout_s
         while (free := self.num_free_blocks()) != self.num_blocks():
