@@ -31,6 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if REAL_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.timeout(600))
+    here = [index for index, item in enumerate(items) if item.path.parent == Path(__file__).parent]
+    ordered = sorted((items[index] for index in here), key=_wants_other_settings)
+    for index, item in zip(here, ordered, strict=True):
+        items[index] = item
+
+
+def _wants_other_settings(item: pytest.Item) -> bool:
+    """Those that are content with the fleet as it comes are first: it is started once for all of them."""
+    fixtures = set(getattr(item, "fixturenames", ()))
+    params = getattr(item, "callspec", None)
+    return not fixtures & {"real_fleet", "answered"} and not (params and "real" in params.params.values())
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from baton.launch import processes
@@ -15,9 +14,7 @@ from tests.system.fleet import Fleet, wait_for
 TEST_WITHIN_S = 2.0
 
 
-def test_a_worker_with_a_wrong_setting_is_refused(
-    start_real_fleet: Callable[..., Fleet], model: Path
-) -> None:
+def test_a_worker_with_a_wrong_setting_is_refused(real_fleet: Fleet, model: Path) -> None:
     """
     vllm#52617, sglang#17212: the receiver reports a full hit and the text differs; settings differ.
     1. the first two workers were compared when they joined, in less than two seconds
@@ -25,9 +22,9 @@ def test_a_worker_with_a_wrong_setting_is_refused(
        shows: it is told what differs, and exits 1
     3. it has had no request, and the two others go on serving the same answers
     """
-    fleet = start_real_fleet()
+    fleet = real_fleet
     log = fleet.log("coordinator")
-    (passed,) = re.findall(r"join test passed prefill=prefill-1 decode=decode-1 took_s=(\S+)", log)
+    passed, *_ = re.findall(r"join test passed prefill=prefill-1 decode=decode-1 took_s=(\S+)", log)
     assert float(passed) < TEST_WITHIN_S
     before = fleet.complete(random_prompt(70), max_tokens=8, temperature=0).json["choices"]
     config = model / "config.json"
