@@ -14,6 +14,8 @@ if [ "${1-}" = --quick ]; then
 fi
 
 "$ROOT/scripts/check.sh"
+# Hundreds of processes would each compile our code again.
+unset PYTHONDONTWRITEBYTECODE
 echo "== tests"
 started=$SECONDS
 "$VENV/bin/pytest" --durations=10 "${marks[@]}" "$@"

@@ -18,7 +18,7 @@ from baton.engine.base import FinishedPrefill
 from tests.engine.pair import EnginePair, LegResult
 from tests.engine.streams import GREEDY, random_prompt, streamed
 
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow, pytest.mark.timeout(900)]
 
 PREEMPTING = {"scheduler": "skip-join-mlfq", "max_batch_size": 2, "max_resident_sequences": 8}
 
@@ -31,7 +31,7 @@ def started(
     try:
         pair.run(
             pair.start(prefill=prefill, decode=decode, kv_lease_s=60, max_num_batched_tokens=128, **common),
-            timeout_s=300,
+            timeout_s=500,
         )
         yield pair
     finally:
