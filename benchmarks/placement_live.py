@@ -47,10 +47,14 @@ REQUESTS_PER_RATE = 200
 COORDINATOR = {"prefill_policy": "p-token", "decode_policy": "smallest-batch"}
 """The policies that are simulated."""
 
+TRANSFER = "pull"
+"""What is simulated: a transfer begins when its prefill is over."""
+
 SIMULATED = {
     "engine": "simulated",
     "simulated_step_time": "linear:base_s=0.005,per_prefill_token_s=1e-4,per_decode_s=5e-4",
     "simulated_transfer_s": 0.004,
+    "transfer": TRANSFER,
     "max_num_batched_tokens": 1_024,
     "max_model_len": 4_096,
 }
@@ -63,7 +67,10 @@ REAL_SLACK = 4.0
 
 
 def real_settings() -> dict[str, object]:
-    return {"engine": "vllm", "model": str(DEMO_MODEL), "max_model_len": 2_048, "kv_cache_gib": 0.5}
+    return {
+        "engine": "vllm", "model": str(DEMO_MODEL), "max_model_len": 2_048, "kv_cache_gib": 0.5,
+        "transfer": TRANSFER,
+    }  # fmt: skip
 
 
 def fleet_file(num_prefill: int, num_decode: int, settings: dict[str, object]) -> FleetFile:

@@ -6,8 +6,9 @@
     vllm       vLLM on CPU, 1P1D, measured before and after conversations on it; then the same on simulated
                engines with the fitted step times, and in a replay with them
 
-A figure is the mean over the requests of one run; deviations are judged. Real time runs at the speed of
-this machine: on a busy one the simulated engines and vLLM are late, the replay never is.
+A figure is the mean over the requests of one run; deviations are judged. All workers pull KV: a replay's
+hand-off begins when the prefill is over. Real time runs at the speed of this machine: on a busy one the
+simulated engines and vLLM are late, the replay never is.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _virtual(report: Report, row: str, plan: Plan, repeats: int, slower: float =
     transfer_s = TRANSFER_S * slower
     with LiveFleet(f"twin-{row}") as fleet:
         common = ("--engine", "simulated", "--num-blocks", NUM_BLOCKS, "--max-model-len", 16_384,
-                  "--max-batch-size", 64, "--max-num-batched-tokens", 2048)  # fmt: skip
+                  "--max-batch-size", 64, "--max-num-batched-tokens", 2048, "--transfer", "pull")  # fmt: skip
         fleet.start_worker(
             "prefill", "p", *common, "--simulated-step-time", as_text(prefill), "--simulated-transfer-s",
             transfer_s, num_workers=4,
@@ -235,6 +236,7 @@ def _observed(answers: Sequence[Answered]) -> Outcome:
 
 VLLM_ENGINE = (
     "--max-model-len", 4096, "--kv-cache-gib", 0.5, "--max-batch-size", 32, "--max-num-batched-tokens", 2048,
+    "--transfer", "pull",
 )  # fmt: skip
 VLLM_WINDOW_TOKENS = 512
 """What a prefill worker on CPU asks for."""
@@ -268,7 +270,7 @@ def _vllm(report: Report) -> None:
     with LiveFleet("twin-fitted") as fleet:
         fleet.start_coordinator()
         common = ("--engine", "simulated", "--num-blocks", NUM_BLOCKS, "--max-model-len", 4096,
-                  "--max-batch-size", 32, "--max-num-batched-tokens", 2048)  # fmt: skip
+                  "--max-batch-size", 32, "--max-num-batched-tokens", 2048, "--transfer", "pull")  # fmt: skip
         fleet.start_worker(
             "prefill", "p", *common, "--simulated-step-time", as_text(pace.prefill),
             "--prefill-window-tokens", VLLM_WINDOW_TOKENS,

@@ -47,7 +47,7 @@ def build_engine(
 ) -> Engine:
     """Who prefills gives the lease, who decodes has the failure policy."""
     if settings.engine == "simulated":
-        return _simulated(settings, worker_id, kv_lease_s, kv_load_failure_policy)
+        return _simulated(settings, role, worker_id, kv_lease_s, kv_load_failure_policy)
     return _vllm(settings, role, kv_lease_s, kv_load_failure_policy, schedule or EngineSchedule())
 
 
@@ -67,6 +67,7 @@ def prefill_schedule(settings: WorkerSettings, wished: str | None) -> EngineSche
 
 def _simulated(
     settings: WorkerSettings,
+    role: WorkerRole,
     worker_id: str,
     kv_lease_s: int,
     kv_load_failure_policy: Literal["recompute", "fail"],
@@ -89,7 +90,7 @@ def _simulated(
         max_model_len=max_model_len,
         max_num_batched_tokens=settings.max_num_batched_tokens or max_model_len,
         step_time=_step_time(settings),
-        is_streaming=settings.transfer == "stream",
+        is_streaming=settings.transfer == "stream" and role is not WorkerRole.BOTH,
         transfer_s=settings.simulated_transfer_s,
         kv_lease_s=kv_lease_s,
         kv_load_failure_policy=kv_load_failure_policy,

@@ -99,6 +99,7 @@ def test_an_engine_whose_model_cannot_be_streamed_offers_no_streams(
     demo_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The ranks find out when they see the model's KV. One log line says why; its pairs pull."""
+    caplog.set_level("INFO", logger="baton.engine")
     vllm_engine = importlib.import_module("baton.engine.vllm.engine")
     monkeypatch.setattr(
         "baton.engine.vllm.engine.transfer_arguments",

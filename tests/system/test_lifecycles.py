@@ -167,6 +167,7 @@ def test_a_prefill_worker_that_leaves_stays_until_its_kv_is_read_and_goes_at_the
         asking.start()
         decode = fleet.members["decode-1"]
         wait_for("its decode leg", lambda: decode.log_text().count(" leg started ") == number, 30.0)
+        wait_for("its prompt", partial(_says, fleet.members[f"prefill-{number}"], " leg finished "), 30.0)
         return asking
 
     try:

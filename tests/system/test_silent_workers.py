@@ -34,12 +34,13 @@ WORKER = (
     "1",
 )
 
-SILENT = {
-    "prefill": ("accept:ignore:nth=1", "prefill:stall:nth=1"),
-    "decode": ("transfer:stall:nth=1", "first:stall:nth=2", "token:stall:nth=2,after=5"),
+SILENT_PREFILL = ("accept:ignore:nth=1", "prefill:stall:nth=1")
+SILENT_DECODE = {
+    "pull": ("transfer:stall:nth=1", "first:stall:nth=2", "token:stall:nth=2,after=5"),
+    "stream": ("transfer:stall:nth=3", "first:stall:nth=4", "token:stall:nth=4,after=5"),
 }
-"""A rule counts the legs that no other has met. The first two prompts are never computed; the next three are,
-and are never continued."""
+"""A rule counts the legs that no other has met. The first two prompts are never computed (where KV is
+streamed they have decode legs all the same); the next three are, and are never continued."""
 
 STORY = [
     ("prefilling", "prefill-1"), ("prefilling", "prefill-1"), ("handing_off", "decode-1"),
@@ -48,14 +49,18 @@ STORY = [
 
 
 @pytest.fixture
-def fleet(tmp_path: Any) -> Iterator[Fleet]:
+def transfer() -> str:
+    return "stream"
+
+
+@pytest.fixture
+def fleet(tmp_path: Any, transfer: str) -> Iterator[Fleet]:
     fleet = Fleet(tmp_path, engine="simulated")
     fleet.start_coordinator(*LIMITS, "--max-attempts", "1", "--no-join-test")
-    for role, faults in SILENT.items():
+    for role, faults in (("prefill", SILENT_PREFILL), ("decode", SILENT_DECODE[transfer])):
         flags = [flag for fault in faults for flag in ("--simulated-fault", fault)]
-        fleet.start_worker(
-            role, f"{role}-1", *WORKER, *flags, *(("--kv-lease-s", "3") if role == "prefill" else ())
-        )
+        lease = ("--kv-lease-s", "3") if role == "prefill" else ()
+        fleet.start_worker(role, f"{role}-1", *WORKER, "--transfer", transfer, *flags, *lease)
     try:
         fleet.wait_until_ready()
         yield fleet
@@ -69,6 +74,7 @@ def in_flight(fleet: Fleet) -> float:
     return float(found[1])
 
 
+@pytest.mark.parametrize("transfer", list(SILENT_DECODE))
 def test_silence_in_any_phase_is_a_504_that_names_it(fleet: Fleet) -> None:
     """
     1. five requests, each of which meets a worker that says nothing more: in prefill (accepted and forgotten;
