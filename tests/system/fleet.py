@@ -27,6 +27,9 @@ from baton.ports import free_port
 T = TypeVar("T")
 
 START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 60.0
+"""Nobody's promise: a real engine and its interpreter take seconds to end, and a busy machine makes many of
+them."""
 ANSWER_TIMEOUT_S = 120.0
 """No request of these tests may take longer, whatever is done to the fleet."""
 
@@ -166,10 +169,10 @@ class Fleet:
         for _, member in ordered:
             member.terminate()
         for name, member in ordered:
-            if not processes.wait_for_exit([member], 30.0):
+            if not processes.wait_for_exit([member], STOP_TIMEOUT_S):
                 stubborn.append(name)
         everything = [*self.members.values(), *self.ended]
-        is_clean = processes.wait_until_empty(everything, 10.0)
+        is_clean = processes.wait_until_empty(everything, STOP_TIMEOUT_S / 2)
         left = {member.pid: member.members() for member in everything if member.members()}
         processes.stop(everything, 0.0)
         for member in everything:

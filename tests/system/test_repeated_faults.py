@@ -23,7 +23,7 @@ HEARTBEAT_TIMEOUT_S = 2.0
 LEASE_S = 5
 BACK_WITHIN_S = LEASE_S + 5.0
 SERVES_WITHIN_S = 10.0
-FREED_AT_ONCE_S = 3.0
+FREED_AT_ONCE_S = 4.0
 """Well below the lease: somebody has let go."""
 
 NUM_ROUNDS, NUM_PREFILL_WORKERS = 8, 25
