@@ -66,7 +66,7 @@ async def _live(settings: CoordinatorSettings) -> int:
         _core_settings(settings),
         registry.by_name(settings.prefill_policy),
         registry.by_name(settings.decode_policy),
-        boot_id[:4],
+        boot_id[:8],
     )
     try:
         log = None if settings.decision_log is None else DecisionLog(Path(settings.decision_log))

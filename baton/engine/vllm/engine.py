@@ -213,10 +213,10 @@ class VllmEngine:
             self._fail(leg, EngineFailed("engine is stopping"))
         if self._llm is not None:
             llm, self._llm = self._llm, None
-            handler = llm.output_handler
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()  # it would report the end of its engine as a failure
+                await asyncio.wait([llm.output_handler], timeout=1.0)
             await asyncio.to_thread(llm.shutdown, SHUTDOWN_GRACE_S)
-            if handler is not None:
-                await asyncio.wait([handler], timeout=1.0)
             close_sockets(llm.engine_core.resources)
         if self._kv_events is not None:
             self._kv_events.close()
