@@ -260,6 +260,7 @@ def run(plan: Plan, *, rounds: int | None, has_baton: bool, rows: Sequence[str] 
         "The colocated server computes in one thread, a 1P1D fleet in two: compare it by CPU per request, "
         "where it wins. This shows what the serving layer costs, not what disaggregation is worth."
     )
+    report.remarks.append("Baton streams KV, as its workers do by default; the other pairs pull it.")
     return report
 
 

@@ -25,9 +25,9 @@ class WorkerSettings:
     engine: Literal["vllm", "simulated"] = option("vllm", "`simulated` computes no model: for tests and load")
     host: str = option(DEFAULT_HOST, "address at which other workers reach this one")
     transfer: Literal["pull", "stream"] = option(
-        "pull",
+        "stream",
         "`stream`: prefill workers write KV while they compute, into blocks that decode workers reserve; "
-        "`pull`: decode workers read it when it is there. Where only one of two says `stream`, they pull",
+        "`pull`: decode workers read it when it is there, as between two of which one cannot stream",
     )
     transfer_port: int | None = option(None, "port that offers KV to other workers; absent: a free one")
     kv_digest: bool = option(

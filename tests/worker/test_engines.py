@@ -15,14 +15,16 @@ from baton.worker.settings import WorkerSettings
 @pytest.mark.parametrize(
     ("role", "told", "is_streaming"),
     [
-        (WorkerRole.PREFILL, {"transfer": "stream"}, True),
-        (WorkerRole.DECODE, {"transfer": "stream"}, True),
+        (WorkerRole.PREFILL, {}, True),
+        (WorkerRole.DECODE, {}, True),
         (WorkerRole.PREFILL, {"transfer": "pull"}, False),
         (WorkerRole.DECODE, {"transfer": "pull"}, False),
-        (WorkerRole.BOTH, {"transfer": "stream"}, False),  # as with vLLM: it has one half of a stream
+        (WorkerRole.BOTH, {}, False),  # as with vLLM: it has one half of a stream
     ],
 )
-def test_who_offers_streams(role: WorkerRole, told: dict[str, Any], is_streaming: bool) -> None:
+def test_workers_stream_unless_told_otherwise(
+    role: WorkerRole, told: dict[str, Any], is_streaming: bool
+) -> None:
     engine = build_engine(WorkerSettings(engine="simulated", **told), role)
     assert isinstance(engine, SimulatedEngine)
     assert engine.settings.is_streaming is is_streaming

@@ -180,7 +180,7 @@ class VllmEngine:
             reasons = await self._llm.collective_rpc("kv_stream_refusal")
         reason = next(filter(None, reasons), None)
         if reason is not None:
-            logger.warning("kv streaming is not possible here: %s; KV is pulled", reason)
+            logger.info("kv streaming is not possible here: %s; KV is pulled", reason)
         return reason is None
 
     def _construct_blocking(self) -> Any:
