@@ -157,7 +157,7 @@ def test_unknown_model_is_404_and_names_what_is_served(at_site):
     async def scenario(site):
         answer = await site.complete(model="gpt-9")
         assert (answer.status, answer.error["code"]) == (404, "model_not_found")
-        assert "/models/demo and demo" in answer.error["message"]
+        assert "served: /models/demo, demo" in answer.error["message"]
         assert (await site.complete(model="demo", max_tokens=1)).json["model"] == "demo"
 
     at_site(scenario)
