@@ -42,14 +42,12 @@ from coordinator.actions import Action, Deliver, Finish, Send
 from coordinator.core import Core
 from coordinator.decision_log import DecisionLog
 from coordinator.fleet import Worker
-from coordinator.intake import FleetFacts, ResultSink, Submission
+from coordinator.intake import OUR_MISTAKE, FleetFacts, ResultSink, Submission
 
 logger = logging.getLogger("baton.coordinator")
 request_log = logging.getLogger("baton.requests")
 
 TICK_S = 0.25
-
-OUR_MISTAKE = "internal error; the coordinator's log has the details"
 
 
 class Coordinator:

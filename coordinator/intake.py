@@ -1,4 +1,4 @@
-"""What the doors hand to the core, and what they hear back. Both doors use the same four names."""
+"""What the doors hand to the core, and what they hear back. Both doors use the same names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Protocol
 
 from baton.contract.messages import Placement, RequestReport, SequenceDelta
 from baton.contract.sampling import SamplingSpec
+
+OUR_MISTAKE = "internal error; the coordinator's log has the details"
+"""All that a client hears of an exception that nobody foresaw."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

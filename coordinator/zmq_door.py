@@ -36,7 +36,7 @@ from baton.contract.messages import (
 from baton.contract.sampling import SamplingSpec, check_sampling
 from baton.contract.tokens import TOKEN_BYTES, num_token_ids
 from baton.wire.channels import RouterChannel
-from coordinator.intake import Intake, Submission
+from coordinator.intake import OUR_MISTAKE, Intake, Submission
 
 logger = logging.getLogger("baton.zmq_door")
 
@@ -226,7 +226,7 @@ class _Sink:
     def broke(self) -> None:
         """In an `except` block. A mistake of ours: the client hears that nothing will come."""
         logger.exception("request broke request_id=%s", self.internal_id)
-        self.refuse(ServingError("internal error; the coordinator's log has the details"))
+        self.refuse(ServingError(OUR_MISTAKE))
 
     def abort(self) -> None:
         if not self.is_aborted:

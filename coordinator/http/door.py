@@ -17,7 +17,7 @@ from coordinator.http import router
 from coordinator.http.exchange import Exchange, HttpRequest
 from coordinator.http.limits import HttpSettings
 from coordinator.http.protocol import HttpConnection
-from coordinator.intake import Intake
+from coordinator.intake import OUR_MISTAKE, Intake
 from coordinator.metrics import Metrics
 from coordinator.served_names import ServedNames
 from coordinator.tokenizer import FleetTokenizer
@@ -140,7 +140,7 @@ class HttpDoor:
     def break_off(self, exchange: Exchange) -> None:
         """A bug of ours, in an `except` block: this request ends, the others go on."""
         log.exception("request broke request_id=%s path=%s", exchange.request_id, exchange.request.path)
-        error = ServingError("internal error; the coordinator's log has the details")
+        error = ServingError(OUR_MISTAKE)
         self.refused(error)
         exchange.fail(error, must_close=True)
 
