@@ -187,13 +187,16 @@ class _Hold:
     lease_s: float = 0.0
     expires_at_s: float | None = None
     first_token: int | None = None
-    num_served: int = 0
-    num_destinations: int | None = None
+    served: set[str] = field(default_factory=set)
+    """Destinations."""
+    is_served: bool = False
+    """All that there are: some may register only after others are served."""
 
 
 @dataclass(slots=True, eq=False)
 class _Stream:
     key: StreamKey
+    num_destinations: int
     destination_blocks: Sequence[int]
     num_skipped: int
     expires_at_s: float
@@ -349,8 +352,7 @@ class SourceTable:
         hold = self._holds.get(handoff_id)
         if hold is None:
             return []
-        is_served = hold.num_destinations is not None and hold.num_served >= hold.num_destinations
-        if hold.state is HoldState.HELD and is_served:
+        if hold.state is HoldState.HELD and hold.is_served:
             return self._give_up_hold(handoff_id, "served", now_s)
         return self._release_if_quiet(handoff_id, now_s)
 
@@ -378,6 +380,7 @@ class SourceTable:
             return [Fail(key, "the source has released these blocks")]
         stream = self._streams[key] = _Stream(
             key=key,
+            num_destinations=event.num_destinations,
             destination_blocks=event.block_ids,
             num_skipped=event.num_skipped,
             expires_at_s=now_s + event.ttl_s,
@@ -393,8 +396,6 @@ class SourceTable:
         for other in self._streams_of(key.handoff_id):
             if other.key.destination == key.destination and other.key.epoch < key.epoch:
                 actions += self._drain(other, "a later registration replaced this one", now_s)
-        if hold is not None:
-            hold.num_destinations = event.num_destinations
         return actions + self._advance(stream, now_s)
 
     def _on_cancel(self, key: StreamKey, now_s: float) -> list[SourceAction]:
@@ -490,8 +491,8 @@ class SourceTable:
         hold = self._holds.get(handoff_id)
         if hold is None:
             return []
-        hold.num_served += 1
-        hold.num_destinations = hold.num_destinations or 1
+        hold.served.add(stream.key.destination)
+        hold.is_served = len(hold.served) >= stream.num_destinations
         return self._release_if_served(handoff_id, now_s)
 
     def _drain(self, stream: _Stream, reason: str, now_s: float) -> list[SourceAction]:

@@ -228,6 +228,23 @@ def test_two_destination_ranks_of_one_source_rank():
     assert source.on_event(WriteEnded(other, 0, True), 1.3) == [Release("h1")]
 
 
+@pytest.mark.parametrize("is_first_before_the_prefill", [True, False])
+def test_a_rank_that_registers_after_the_other_was_served_is_served_too(is_first_before_the_prefill: bool):
+    """The blocks are kept for as many ranks as the first one said there are, also where it said so early."""
+    source = table()
+    other = StreamKey("h1", "d1", 1)
+    if is_first_before_the_prefill:
+        source.on_event(registered(num_destinations=2), 0.0)
+    source.on_event(computed(4), 1.0)
+    if not is_first_before_the_prefill:
+        source.on_event(registered(num_destinations=2), 1.1)
+    source.on_event(PrefillEnded(handoff_id="h1", lease_s=30.0), 1.2)
+    assert source.on_event(WriteEnded(KEY, 0, True), 1.3) == []
+    late = source.on_event(registered(other, num_destinations=2), 1.4)
+    assert writes(late) == [(0, 1, [10, 11, 12, 13], [20, 21, 22, 23])]
+    assert source.on_event(WriteEnded(other, 0, True), 1.5) == [Release("h1")]
+
+
 def test_a_later_registration_replaces_an_earlier_one_of_the_same_rank():
     source = table()
     source.on_event(computed(2), 0.0)
