@@ -95,14 +95,16 @@ def test_a_socket_half_closed_inside_a_request_hears_400(fleet: Fleet, num_sent:
 
 
 def test_a_socket_half_closed_behind_a_request_holds_nothing(fleet: Fleet) -> None:
-    """It may be answered or taken for a client that left; the fixture checks that nothing stays."""
+    """It may be answered, or taken for a client that left, in the middle of its answer too: then nothing
+    that it has looks like an end. The fixture checks that nothing stays."""
     with socket.create_connection(("127.0.0.1", fleet.http_port), timeout=20) as client:
         client.sendall(HEAD + REQUEST)
         client.shutdown(socket.SHUT_WR)
         received = b""
         while data := client.recv(65536):
             received += data
-    assert received == b"" or received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    is_whole = received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert is_whole or (b"[DONE]" not in received and not received.endswith(b"\r\n0\r\n\r\n"))
 
 
 def test_a_hundred_slow_clients_delay_nobody_and_are_ended(fleet: Fleet) -> None:
