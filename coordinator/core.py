@@ -516,6 +516,6 @@ def _other_first_token(delta: SequenceDelta, given: SequenceDelta, worker: Worke
     return TransferFailed(
         f"the answer began with token {given.token_ids}, the decode worker with {delta.token_ids[:1]}: "
         "it did not get the prefill worker's",
-        phase="handoff",
+        phase=RequestState.HANDING_OFF.value,
         worker_id=worker.worker_id,
     )

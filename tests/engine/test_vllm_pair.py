@@ -364,7 +364,7 @@ def test_a_late_hand_off_is_refused(vllm_pair: EnginePair) -> None:
         vllm_pair.run_decode([*prompt, *finished.delta.token_ids], GREEDY, late, handoff_id="late")
     )
     assert result.error is not None
-    assert result.error.code == "kv_transfer_failed"
+    assert (result.error.code, result.error.phase) == ("kv_transfer_failed", "handing_off")
     after = vllm_pair.decode.load()
     assert after.num_kv_bytes_received == before.num_kv_bytes_received
     assert after.num_kv_transfer_failures == before.num_kv_transfer_failures + 1

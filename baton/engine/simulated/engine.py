@@ -33,6 +33,7 @@ from baton.contract.errors import (
     TransferFailed,
     UnsupportedFeature,
 )
+from baton.contract.lifecycle import RequestState
 from baton.contract.messages import (
     KvSource,
     SequenceDelta,
@@ -378,7 +379,7 @@ class SimulatedEngine:
         self._num_kv_transfer_failures += 1
         logger.warning("kv not received handoff_id=%s reason=%r", handoff_id, reason)
         if self.settings.kv_load_failure_policy == "fail":
-            self._fail(handoff_id, TransferFailed(reason, phase="transfer"))
+            self._fail(handoff_id, TransferFailed(reason, phase=RequestState.HANDING_OFF.value))
             return
         if self._destination.is_exposed(handoff_id):
             self._worker.places.set_aside(handoff_id)

@@ -33,6 +33,7 @@ from baton.contract.errors import (
     TransferFailed,
     UnsupportedFeature,
 )
+from baton.contract.lifecycle import RequestState
 from baton.contract.messages import (
     BlocksStored,
     KvEvent,
@@ -422,7 +423,9 @@ class VllmEngine:
 
     def _error_of(self, leg: _Leg, finish_reason: str) -> ServingError:
         if leg.has_kv_source:
-            return TransferFailed("KV did not arrive, or too late to be trusted", phase="handoff")
+            return TransferFailed(
+                "KV did not arrive, or too late to be trusted", phase=RequestState.HANDING_OFF.value
+            )
         return EngineFailed(f"engine ended the request with {finish_reason!r}")
 
     def _fail(self, leg: _Leg, error: Exception | None) -> None:
