@@ -67,14 +67,14 @@ class LiveFleet(AbstractContextManager["LiveFleet"]):
         return server
 
     def wait_until_ready(self) -> None:
-        """Until the coordinator knows all workers that were started."""
+        """Until all workers that were started get requests: known, and through their join tests."""
 
         def look() -> bool:
             for server in self.workers.values():
                 server.check_alive()
-            return len(self.registered()) == self._num_expected
+            return sum(not worker["is_on_trial"] for worker in self.registered()) == self._num_expected
 
-        what = f"{self._num_expected} registered workers"
+        what = f"{self._num_expected} workers that get requests"
         self.coordinator.wait_until(look, START_TIMEOUT_S, what)
 
     def registered(self) -> list[dict[str, Any]]:

@@ -85,12 +85,13 @@ class FleetHttp:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def is_ready(self) -> bool:
-        """`/ready` says 200. No connection and 503 both mean: not yet."""
+        """`/ready` says 200, and every worker that joined gets requests. No connection and 503 both mean: not
+        yet."""
         try:
             self._call("/ready", None, timeout_s=5.0)
+            return not any(worker["is_on_trial"] for worker in self.get("/fleet")["workers"])
         except (SelfTestFailed, OSError):
             return False
-        return True
 
     def get(self, path: str) -> dict[str, Any]:
         return self._call(path, None, timeout_s=10.0)[0]

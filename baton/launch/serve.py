@@ -244,7 +244,7 @@ class Launcher:
             now_s = time.monotonic()
             if now_s > deadline_s:
                 waited_s = self._settings.start_timeout_s
-                names = ", ".join(loading) or "a full prefill/decode pair"
+                names = ", ".join(loading) or "join tests, or a full prefill/decode pair"
                 raise StartFailed(
                     f"not ready after {waited_s:.0f} s: {names}; logs are in {self._run_dir}/logs"
                 )

@@ -231,7 +231,7 @@ class Fleet:
         def look() -> bool:
             for name, member in self.members.items():
                 assert member.is_alive(), f"{name} ended:\n{member.log_tail()}"
-            return self.is_ready() and set(self.members) - {"coordinator"} == set(self.workers())
+            return self.is_ready() and set(self.members) - {"coordinator"} == self.serving()
 
         wait_for("a fleet that is ready", look, START_TIMEOUT_S)
         self.wait_until_idle()
@@ -241,6 +241,10 @@ class Fleet:
 
     def workers(self) -> dict[str, Any]:
         return {worker["worker_id"]: worker for worker in self.snapshot()["workers"]}
+
+    def serving(self) -> set[str]:
+        """The workers that get requests: those whose join test is over."""
+        return {name for name, worker in self.workers().items() if not worker["is_on_trial"]}
 
     def what_is_held(self) -> list[str]:
         """Everything that is not as in a fleet that serves nobody; empty in one that does not."""

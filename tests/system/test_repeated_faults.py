@@ -173,7 +173,7 @@ def test_prefill_workers_killed_two_hundred_times(fleet: Fleet) -> None:
     start_crowd(fleet)
     with ThreadPoolExecutor(NUM_PREFILL_WORKERS) as threads:
         for round_number in range(NUM_ROUNDS):
-            wait_for("the crowd", lambda: num_serving(fleet) == NUM_PREFILL_WORKERS + 1, 60.0)
+            wait_for("the crowd", lambda: len(fleet.serving()) == NUM_PREFILL_WORKERS + 1, 60.0)
             with contextlib.ExitStack() as leaving:
                 staying = []
                 for number in range(NUM_PREFILL_WORKERS):
@@ -208,10 +208,6 @@ def test_prefill_workers_killed_two_hundred_times(fleet: Fleet) -> None:
 
 def start_crowd(fleet: Fleet) -> None:
     fleet.start_worker("prefill", "crowd", *PREFILL, "--simulated-num-workers", str(NUM_PREFILL_WORKERS))
-
-
-def num_serving(fleet: Fleet) -> int:
-    return sum(not worker["is_on_trial"] for worker in fleet.workers().values())
 
 
 def is_handed_off(fleet: Fleet, seed: object) -> bool:
