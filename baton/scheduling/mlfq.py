@@ -192,20 +192,18 @@ class Mlfq(Ranked):
     def waits(self, order: list[str], *, num_places: int, step_s: float, now_s: float) -> list[float]:
         """Those ahead burn what separates them from this request's level, and none of them ends early;
         or until its boost is due, if that is sooner."""
-        accounts, boosts, last_run_s = self._accounts, self._boosts, self._last_run_s
+        accounts, last_run_s = self._accounts, self._last_run_s
+        depths = [accounts[job_id].depth for job_id in order]
+        burnt = sum(depths[:num_places])
+        # Boosted requests are not among those who wait for a boost: theirs is due.
+        until_boost_s, is_due_s = self._starvation_s - now_s, now_s - self._starvation_s
         waits = [0.0] * min(num_places, len(order))
-        burnt = sum(accounts[job_id].depth for job_id in order[:num_places])
-        until_boost_s = self._starvation_s - now_s
         for position in range(len(waits), len(order)):
-            job_id = order[position]
-            depth = accounts[job_id].depth
-            if job_id in boosts:
-                waits.append(1.0)
-            else:
-                to_run = (position * (depth + 1) - burnt) / num_places
-                to_boost = (last_run_s[job_id] + until_boost_s) / step_s
-                soonest = to_run if to_run < to_boost else to_boost
-                waits.append(soonest if soonest > 1.0 else 1.0)
+            depth = depths[position]
+            to_run = (position * (depth + 1) - burnt) / num_places
+            to_boost = (last_run_s.get(order[position], is_due_s) + until_boost_s) / step_s
+            soonest = to_run if to_run < to_boost else to_boost
+            waits.append(soonest if soonest > 1.0 else 1.0)
             burnt += depth
         return waits
 

@@ -188,7 +188,7 @@ class PolicyMixin:
         entering = [r for r in this.waiting if not _is_blocked(r)] if num_seats > 0 else []
         by_id = {r.request_id: r for group in (this.running, ready, entering) for r in group}
         order = self._step_policy.order(by_id.keys(), now_s)
-        self._sort_running(order)
+        this.running[:] = [r for job_id in order if (r := by_id[job_id]).status == RequestStatus.RUNNING]
         num_free = this.kv_cache_manager.block_pool.get_num_free_blocks()
         # At most one block more for everyone who runs, all of it for everyone who enters.
         num_wanted = len(this.running) + len(ready) + sum(map(self._num_blocks_to_run, entering))
@@ -236,11 +236,6 @@ class PolicyMixin:
             (ready if is_here else unready).append(request)
         return ready, unready
 
-    def _sort_running(self, order: list[str]) -> None:
-        this: Any = self
-        place = dict(zip(order, range(len(order)), strict=True))
-        this.running.sort(key=lambda request: place[request.request_id])
-
     def _num_blocks_not_waiting(self) -> int:
         """All, less those of requests that have KV and do not run yet."""
         this: Any = self
@@ -272,7 +267,7 @@ class PolicyMixin:
             staying = {request.request_id for request in stayers}
             room -= sum(map(self._num_blocks_to_run, stayers))
         loras: set[int] = set()
-        num_readers = sum(map(_is_read_pending, this.waiting))
+        num_reads = min(MAX_READS_PER_STEP, sum(map(_is_read_pending, this.waiting)))
         # A prompt that began is finished: half of it is of no use to anybody.
         begun = [r.request_id for r in this.running if r.is_prefill_chunk]
         for job_id in (*begun, *order):
@@ -280,7 +275,7 @@ class PolicyMixin:
             if job_id in ready_ids or job_id in choice.active:
                 continue
             is_full = len(choice.active) + len(choice.returning) >= num_places
-            if is_full and len(choice.reads) >= min(MAX_READS_PER_STEP, num_readers):
+            if is_full and len(choice.reads) >= num_reads:
                 break
             num_needed = 0 if room is None or job_id in staying else self._num_blocks_to_run(request)
             if room is not None and num_needed > max(0, room):
@@ -289,7 +284,7 @@ class PolicyMixin:
             is_read = not is_running and _is_read_pending(request)
             needs_seat = not (is_running or is_read)
             if is_read:
-                if len(choice.reads) >= MAX_READS_PER_STEP:
+                if len(choice.reads) >= num_reads:
                     continue
                 choice.reads.append(job_id)
             elif is_full or (needs_seat and num_seats <= 0) or not self._fits_loras(request, loras):
@@ -311,9 +306,9 @@ class PolicyMixin:
         runs_next = [*admitted, *choice.active, *choice.returning]
         chosen = set(runs_next)
         sequence = runs_next + [job_id for job_id in order if job_id not in chosen]
-        joiners = [i for i in choice.active if by_id[i].status != RequestStatus.RUNNING]
-        entering = set(joiners)
-        growth = sum(self._num_new_blocks(by_id[i]) for i in (*admitted, *choice.active) if i not in entering)
+        residents = {request.request_id for request in this.running}
+        joiners = [i for i in choice.active if i not in residents]
+        growth = self._num_new_blocks(by_id[i] for i in (*admitted, *residents.intersection(choice.active)))
         num_free = this.kv_cache_manager.block_pool.get_num_free_blocks()
         arriving = sum(self._num_blocks_to_run(by_id[i]) for i in (*joiners, *choice.reads))
         away = self._away(by_id)
@@ -323,7 +318,7 @@ class PolicyMixin:
                 sequence, num_places=self._max_batch_size, step_s=self._step_s, now_s=now_s
             )
             moves = self._swap_rule.choose(
-                [i for i in sequence if by_id[i].status == RequestStatus.RUNNING or i in away],
+                [i for i in sequence if i in residents or i in away],
                 dict(zip(sequence, waits, strict=True)),
                 away,
                 lambda job_id: self._holding(by_id[job_id]),
@@ -364,7 +359,7 @@ class PolicyMixin:
             if num_unused <= 0:
                 break
             if request.request_id not in choice.active and request.request_id not in evicted:
-                new_blocks = self._num_new_blocks(request)
+                new_blocks = self._num_new_blocks((request,))
                 if new_blocks <= room:
                     room -= new_blocks
                     choice.active[request.request_id] = None
@@ -379,20 +374,21 @@ class PolicyMixin:
         if request.status != RequestStatus.RUNNING:
             num_blocks = self._num_blocks_to_run(request)
             return Holding(num_blocks, num_blocks)
-        block_size, num_computed = _block_size(self), request.num_computed_tokens
+        num_computed = request.num_computed_tokens
+        num_blocks = self._num_blocks(num_computed)
+        if (
+            request.num_in_flight_tokens
+            or self._must_stay(request)
+            or request.is_prefill_chunk
+            or request.resumable
+        ):
+            return Holding(num_blocks, is_movable=False)
         if self._host is None:
             is_backed = request.num_preemptions < self._max_recomputes
         else:
-            num_full = num_computed // block_size * block_size
+            num_full = num_computed // _block_size(self) * _block_size(self)
             is_backed = self._host.num_saved_tokens(request.request_id) >= num_full
-        num_blocks = -(-num_computed // block_size)
-        is_movable = (
-            request.num_in_flight_tokens == 0
-            and not self._must_stay(request)
-            and not request.is_prefill_chunk
-            and not request.resumable
-        )
-        return Holding(num_blocks, num_blocks if is_backed else 0, is_movable)
+        return Holding(num_blocks, num_blocks if is_backed else 0)
 
     def _back_up(self, request: Request) -> None:
         """Its full blocks; the last, unfinished one follows when it is evicted."""
@@ -477,8 +473,13 @@ class PolicyMixin:
         num_blocks: int = -(-(num_tokens if num_tokens > num_next else num_next) // this.block_size)
         return num_blocks
 
-    def _num_new_blocks(self, request: Request) -> int:
-        return self._num_blocks_to_run(request) - self._num_blocks(request.num_computed_tokens)
+    def _num_new_blocks(self, requests: Iterable[Request]) -> int:
+        """To compute the next token of each, beyond what they have."""
+        size, num_blocks = _block_size(self), 0
+        for request in requests:
+            num_computed = request.num_computed_tokens
+            num_blocks += -(-max(request.num_tokens, num_computed + 1) // size) + -num_computed // size
+        return num_blocks
 
     def _must_stay(self, request: Request) -> bool:
         """It has not yet made up for its last way to the host and back."""
