@@ -15,7 +15,7 @@ from baton.telemetry import event
 from coordinator.actions import Action, Send
 from coordinator.dispatch import Dispatch
 from coordinator.fleet import FleetView, Worker
-from coordinator.legs import start_decode, start_prefill, stream_source
+from coordinator.legs import reason_to_pull, start_decode, start_prefill, stream_source
 from coordinator.request import Request
 
 logger = logging.getLogger("baton.coordinator")
@@ -40,9 +40,9 @@ class Attempts:
         self._num_handoffs += 1
         self.legs[handoff_id] = request
         prefill, decode = assignment.prefill, assignment.decode
-        stream = None
+        stream, pull_reason = None, None
         if prefill is not None and decode is not None and prefill is not decode:
-            stream = self._stream_source(request, prefill.worker_id, decode.worker_id)
+            stream, pull_reason = self._transfer(request, prefill.worker_id, decode.worker_id)
         request.begin_attempt(
             handoff_id,
             now_s,
@@ -51,11 +51,13 @@ class Attempts:
             way=assignment.way,
             way_reason=assignment.reason,
             stream=stream,
+            pull_reason=pull_reason,
         )
         event(
             logger, "attempt started", request_id=request.request_id, handoff_id=handoff_id,
             prefill_worker=request.prefill_worker, decode_worker=request.decode_worker,
-            way=assignment.way.value, num_given_tokens=request.num_given_tokens or None,
+            way=assignment.way.value, transfer=request.transfer and request.transfer.value,
+            pull_reason=request.pull_reason, num_given_tokens=request.num_given_tokens or None,
         )  # fmt: skip
         if assignment.record is not None:
             request.records.append(assignment.record)
@@ -70,17 +72,22 @@ class Attempts:
             actions.append(self.start_decode(request, stream, now_s))
         return actions
 
-    def _stream_source(self, request: Request, prefill_id: str, decode_id: str) -> KvSource | None:
+    def _transfer(
+        self, request: Request, prefill_id: str, decode_id: str
+    ) -> tuple[KvSource | None, str | None]:
+        """(what the decode worker is told when the prefill begins, or None, why it is told later)"""
         prefill, decode = self._fleet.get(prefill_id), self._fleet.get(decode_id)
-        if prefill is None or decode is None:
-            return None
+        assert prefill is not None and decode is not None, "both have just been chosen"
         account = prefill.account
-        if account.num_reserved_blocks > account.capacity.num_blocks:
+        reason = reason_to_pull(request, prefill.registration, decode.registration)
+        if reason is None and account.num_reserved_blocks > account.capacity.num_blocks:
             # It might begin prompts in another order than that in which the decode worker promises blocks,
             # and each would wait for the other: nothing is promised for what may not fit here beside the
             # others. It is pulled when it is there.
-            return None
-        return stream_source(request, prefill.registration, decode.registration, self._stream_lease_s)
+            reason = "the prefill worker has promised more blocks than it has"
+        if reason is not None:
+            return None, reason
+        return stream_source(request, prefill.registration, decode.registration, self._stream_lease_s), None
 
     def start_decode(self, request: Request, kv_source: KvSource | None, now_s: float) -> Send:
         assert request.decode_worker is not None

@@ -45,7 +45,13 @@ from baton.telemetry import event
 from coordinator.actions import Action, Send
 from coordinator.fleet import FleetView, Worker
 from coordinator.intake import Submission
-from coordinator.legs import start_decode, start_prefill, stream_source, with_lease_left
+from coordinator.legs import (
+    reason_to_pull,
+    start_decode,
+    start_prefill,
+    stream_source,
+    with_lease_left,
+)
 from coordinator.request import Request
 from coordinator.same_answer import NUM_ALTERNATIVES, difference
 
@@ -121,11 +127,13 @@ class _Trial:
 
     def begin(self, now_s: float) -> list[Action]:
         request, (source, destination) = self.request, (self.prefill, self.decode)
-        stream = stream_source(request, source.registration, destination.registration, TIMEOUT_S)
+        pair = (source.registration, destination.registration)
+        pull_reason = reason_to_pull(request, *pair)
+        stream = None if pull_reason else stream_source(request, *pair, TIMEOUT_S)
         request.begin_attempt(
             request.request_id, now_s,
             prefill_worker=source.worker_id, decode_worker=destination.worker_id,
-            way=Way.DISAGGREGATED, way_reason="join test", stream=stream,
+            way=Way.DISAGGREGATED, way_reason="join test", stream=stream, pull_reason=pull_reason,
         )  # fmt: skip
         actions: list[Action] = [Send(source.worker_id, start_prefill(request, now_s))]
         if stream is not None:

@@ -54,18 +54,25 @@ def _sampling_left(request: Request, now_s: float) -> SamplingSpec:
     )
 
 
+def reason_to_pull(request: Request, source: RegisterWorker, destination: RegisterWorker) -> str | None:
+    """None: between these two this request's KV can be streamed. Prompt logprobs would make the decode engine
+    compute the whole prompt, and a prompt that leaves room for one token only is over with it."""
+    if source.stream_params is None:
+        return "the prefill worker does not stream"
+    if destination.stream_params is None:
+        return "the decode worker does not stream"
+    if request.wants_prompt_logprobs:
+        return "prompt logprobs"
+    if request.num_context_tokens + 1 >= source.capacity.max_model_len:
+        return "the prompt leaves room for one token"
+    return None
+
+
 def stream_source(
     request: Request, source: RegisterWorker, destination: RegisterWorker, lease_s: float
-) -> KvSource | None:
-    """What the decode worker is told when the prefill begins; None: these two do not stream, or not
-    this request. Prompt logprobs would make the decode engine compute the whole prompt, and a prompt that
-    leaves room for one token only is over with it."""
-    if source.stream_params is None or destination.stream_params is None:
-        return None
-    if request.wants_prompt_logprobs:
-        return None
-    if request.num_context_tokens + 1 >= source.capacity.max_model_len:
-        return None
+) -> KvSource:
+    """What the decode worker is told when the prefill begins, if there is no `reason_to_pull`."""
+    assert source.stream_params is not None
     num_blocks = -(-request.num_context_tokens // source.layout.block_size_tokens)
     return KvSource(
         lease_s=lease_s,

@@ -92,6 +92,7 @@ class Metrics(Collector):
         self._refusals = LabelledCounter()
         self._first_tokens = LabelledCounter()
         self._ways = LabelledCounter()
+        self._handoffs = LabelledCounter()
         self._num_prompt_tokens = 0
         self._num_prefilled_tokens = 0
         self._num_cached_tokens = 0
@@ -128,6 +129,8 @@ class Metrics(Collector):
         self._num_resumes += report.num_resumes
         if placement.way is not None:
             self._ways.add(placement.way.value, placement.way_reason or "")
+        if placement.transfer is not None:
+            self._handoffs.add(placement.transfer.value, placement.transfer_reason or "")
         predicted, found = placement.predicted_hit_tokens, placement.hit_tokens
         if predicted is not None and found is not None:
             self._num_predicted_hit_tokens += predicted
@@ -175,6 +178,11 @@ class Metrics(Collector):
         )
         yield self._ways.family(
             "baton_ways", "Requests by the way they were served, and why.", ("way", "reason")
+        )
+        yield self._handoffs.family(
+            "baton_handoffs",
+            "Requests handed from worker to worker, by how their KV went, and why it was pulled.",
+            ("transfer", "reason"),
         )
         yield self._hit_predictions.family(
             "baton_hit_predictions",

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from baton.contract.errors import ServingError
-from baton.contract.lifecycle import Outcome, RequestState, Way, WorkerRole, check_move
+from baton.contract.lifecycle import Outcome, RequestState, Transfer, Way, WorkerRole, check_move
 from baton.contract.messages import (
     KvSource,
     PhaseTimes,
@@ -34,10 +34,9 @@ class Request:
         "is_recomputed", "is_streamed", "kv_source", "last_decode_worker", "last_error",
         "last_prefill_worker", "next_token_by", "num_attempts", "num_bytes_moved", "num_bytes_to_move",
         "num_fruitless_attempts", "num_given_tokens", "num_prefilled_tokens", "num_prompt_tokens",
-        "num_resumes",
-        "output_token_ids", "placement", "predicted_hit_tokens", "prefill_finished_s", "prefill_worker",
-        "progress_s", "prompt_computed_s", "prompt_logprobs", "records", "sink", "started_s", "state",
-        "submission", "submitted_s", "unwanted_workers", "way", "way_reason",
+        "num_resumes", "output_token_ids", "placement", "predicted_hit_tokens", "prefill_finished_s",
+        "prefill_worker", "progress_s", "prompt_computed_s", "prompt_logprobs", "pull_reason", "records",
+        "sink", "started_s", "state", "submission", "submitted_s", "unwanted_workers", "way", "way_reason",
     )  # fmt: skip
 
     def __init__(self, submission: Submission, sink: ResultSink, now_s: float) -> None:
@@ -72,6 +71,7 @@ class Request:
         self.is_alone = False
         """No other prompt was waiting at the worker that computes this one."""
         self.is_streamed = False
+        self.pull_reason: str | None = None
         """The decode worker was told when the prefill began; KV moves meanwhile."""
         self.given_delta: SequenceDelta | None = None
         """The client has this first token of the prefill worker, and the decode worker will tell it again."""
@@ -198,15 +198,17 @@ class Request:
         way: Way,
         way_reason: str,
         stream: KvSource | None = None,
+        pull_reason: str | None = None,
     ) -> None:
-        """A worker that is None has no part in this attempt; the same one twice serves both phases."""
+        """A worker that is None has no part in this attempt; the same one twice serves both phases. Neither
+        `stream` nor `pull_reason`: nothing is handed over."""
         is_on_one_worker = prefill_worker == decode_worker
         self.num_attempts += 1
         self.num_fruitless_attempts += 1
         self.num_given_tokens = len(self.output_token_ids)
         if self.is_resumed:
             self.num_resumes += 1
-        self.is_streamed = stream is not None
+        self.is_streamed, self.pull_reason = stream is not None, pull_reason
         self.given_delta, self.early_deltas = None, []
         self.handoff_id = handoff_id
         self.way, self.way_reason = way, way_reason
@@ -249,12 +251,21 @@ class Request:
         if not self.is_resumed:
             self.hit_tokens = num_hit_tokens
 
+    @property
+    def transfer(self) -> Transfer | None:
+        """Of this attempt; None: nothing is handed over."""
+        if self.is_streamed:
+            return Transfer.STREAM
+        return None if self.pull_reason is None else Transfer.PULL
+
     def update_placement(self) -> None:
         self.placement = Placement(
             prefill_worker=self.last_prefill_worker,
             decode_worker=self.last_decode_worker,
             way=self.way,
             way_reason=self.way_reason,
+            transfer=self.transfer,
+            transfer_reason=self.pull_reason,
             first_token_by=self.first_token_by,
             first_token_reason=self.first_token_reason,
             num_attempts=max(1, self.num_attempts),

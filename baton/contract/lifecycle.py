@@ -43,6 +43,15 @@ class Way(str, Enum):
     """The prompt had been computed, its KV was lost, and the decode worker computed it again."""
 
 
+class Transfer(str, Enum):
+    """How the KV of a disaggregated attempt gets to its decode worker; also the metric label."""
+
+    STREAM = "stream"
+    """Written by the prefill worker while it computes."""
+    PULL = "pull"
+    """Read by the decode worker when the prefill is over."""
+
+
 class RequestState(Enum):
     QUEUED = "queued"
     """Accepted; waits for a prefill worker and room on a decode worker."""

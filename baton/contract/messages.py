@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from baton.contract.errors import ErrorReport
-from baton.contract.lifecycle import Outcome, Way, WorkerRole
+from baton.contract.lifecycle import Outcome, Transfer, Way, WorkerRole
 from baton.contract.sampling import SamplingSpec
 
 
@@ -376,6 +376,10 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     decode_worker: str | None = None
     way: Way | None = None
     way_reason: str | None = None
+    transfer: Transfer | None = None
+    """None: nothing is handed over."""
+    transfer_reason: str | None = None
+    """Why it is pulled."""
     first_token_by: WorkerRole | None = None
     first_token_reason: str | None = None
     num_attempts: int = 1

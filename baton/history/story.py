@@ -61,9 +61,10 @@ def story(folder: Path, request_id: str) -> str:
     ]
     events.sort(key=lambda event: event.at_s)  # stable: what one process logged stays in its order
     width = max(len(event.who) for event in events)
+    attempts = "1 attempt" if len(handoffs) == 1 else f"{len(handoffs)} attempts"
     return "\n".join(
         [
-            f"request {request_id}, {len(handoffs)} attempts, {end_s - start_s:.3f} s from {_clock(start_s)}",
+            f"request {request_id}, {attempts}, {end_s - start_s:.3f} s from {_clock(start_s)}",
             *(f"{event.at_s - start_s:9.3f}  {event.who:<{width}}  {event.text}" for event in events),
         ]
     )

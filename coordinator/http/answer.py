@@ -18,7 +18,7 @@ from functools import lru_cache
 import msgspec
 
 from baton.contract.errors import DuplicateRequest, ServingError, error_from_report
-from baton.contract.lifecycle import Outcome, Way, WorkerRole
+from baton.contract.lifecycle import Outcome
 from baton.contract.messages import PhaseTimes, Placement, RequestReport, SequenceDelta, TokenLogprobs
 from baton.contract.sampling import SamplingSpec
 from baton.contract.tokens import num_token_ids
@@ -205,11 +205,13 @@ def placement_headers(placements: tuple[Placement, ...]) -> bytes:
     return _served_headers(tuple(map(_served, placements))) + _header_lines(_hit_fields(placements))
 
 
-Served = tuple[str | None, str | None, Way | None, str | None, WorkerRole | None, str | None]
+Reasoned = tuple[Enum | None, str | None]
+Served = tuple[str | None, str | None, Reasoned, Reasoned, Reasoned]
 
 
 def _served(p: Placement) -> Served:
-    return p.prefill_worker, p.decode_worker, p.way, p.way_reason, p.first_token_by, p.first_token_reason
+    way, transfer = (p.way, p.way_reason), (p.transfer, p.transfer_reason)
+    return p.prefill_worker, p.decode_worker, way, transfer, (p.first_token_by, p.first_token_reason)
 
 
 @lru_cache(maxsize=4096)  # a fleet has few pairs, and each request asks
@@ -221,8 +223,9 @@ def _served_fields(served: Seq[Served]) -> list[tuple[str, str]]:
     return _distinct(
         ("prefill-worker", [prefill for prefill, *_ in served]),
         ("decode-worker", [decode for _, decode, *_ in served]),
-        ("way", [_with_reason(way, why) for _, _, way, why, _, _ in served]),
-        ("first-token", [_with_reason(by, why) for *_, by, why in served]),
+        ("way", [_with_reason(*way) for _, _, way, _, _ in served]),
+        ("transfer", [_with_reason(*transfer) for *_, transfer, _ in served]),
+        ("first-token", [_with_reason(*first) for *_, first in served]),
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from baton.contract.lifecycle import Outcome, RequestState, WorkerRole
+from baton.contract.lifecycle import Outcome, RequestState, Transfer, WorkerRole
 from baton.contract.messages import AbortLeg, StartDecode, StartPrefill
 from baton.contract.tokens import unpack_token_ids
+from coordinator.metrics import Metrics
 
 PREFILL, DECODE = {"engine": "e1"}, {"engine": "e2"}
 
@@ -51,6 +52,7 @@ def test_both_legs_start_together_and_the_decode_worker_gives_all_tokens(bench):
     bench.step("d0", prefill.handoff_id, 6, 7, finish="length")
     assert sink.token_ids == [5, 6, 7]
     assert sink.placements[0].first_token_reason == "streamed"
+    assert sink.placements[0].transfer is Transfer.STREAM
     assert sink.reports[0].outcome is Outcome.COMPLETED
     assert sink.reports[0].kv_bytes == 2048
     bench.assert_nothing_is_held()
@@ -118,22 +120,38 @@ def test_a_prefill_worker_that_is_lost_ends_the_decode_leg(bench):
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode", "sampling"),
+    ("prefill", "decode", "sampling", "reason"),
     [
-        ({"stream_params": None}, {"stream_params": DECODE}, {}),
-        ({"stream_params": PREFILL}, {"stream_params": None}, {}),
-        ({"stream_params": PREFILL}, {"stream_params": DECODE}, {"prompt_logprobs": 1}),
-        ({"stream_params": PREFILL}, {"stream_params": DECODE}, {"max_tokens": 1}),
+        (None, DECODE, {}, "the prefill worker does not stream"),
+        (PREFILL, None, {}, "the decode worker does not stream"),
+        (PREFILL, DECODE, {"prompt_logprobs": 1}, "prompt logprobs"),
     ],
-    ids=["source-pulls", "destination-pulls", "prompt-logprobs", "one-token"],
+    ids=["source-pulls", "destination-pulls", "prompt-logprobs"],
 )
-def test_what_cannot_be_streamed_is_pulled(make_bench, prefill, decode, sampling):
+def test_what_cannot_be_streamed_is_pulled_and_says_why(make_bench, prefill, decode, sampling, reason):
     bench = make_bench()
-    bench.add("p0", WorkerRole.PREFILL, **prefill)
-    bench.add("d0", WorkerRole.DECODE, **decode)
-    bench.submit("r", **sampling)
+    bench.add("p0", WorkerRole.PREFILL, stream_params=prefill)
+    bench.add("d0", WorkerRole.DECODE, stream_params=decode)
+    sink = bench.submit("r", **sampling)
     assert bench.take(StartDecode) == []
     assert bench.core._requests["r"].state is RequestState.PREFILLING
+    ((_, leg),) = bench.take(StartPrefill)
+    bench.finish_prefill("p0", leg.handoff_id)
+    bench.step("d0", leg.handoff_id, 6, finish="length")
+    (report,) = sink.reports
+    assert (report.placement.transfer, report.placement.transfer_reason) == (Transfer.PULL, reason)
+    metrics = Metrics()
+    metrics.on_finished(report)
+    counted = f'baton_handoffs_total{{reason="{reason}",transfer="pull"}} 1.0'
+    assert counted in metrics.render()[0].decode()
+
+
+def test_an_answer_of_one_token_is_not_handed_over(bench):
+    sink = bench.submit("r", max_tokens=1)
+    assert bench.take(StartDecode) == []
+    ((_, leg),) = bench.take(StartPrefill)
+    bench.finish_prefill("p0", leg.handoff_id, finish="length")
+    assert sink.reports[0].placement.transfer is None
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tests.history.recorded import START_S, Log, ask, decode_log, write_run
 
 def test_a_story_has_every_process_in_the_order_of_time(tmp_path: Path):
     told = story(write_run(tmp_path), "r1").splitlines()
-    assert told[0].startswith("request r1, 1 attempts, 0.503 s from ")
+    assert told[0].startswith("request r1, 1 attempt, 0.503 s from ")
     assert [line.split()[1] for line in told[1:]] == [
         "client", "coordinator-0", "coordinator-0", "prefill-1-0", "prefill-1-0", "client",
         "decode-1-0", "decode-1-0", "coordinator-0", "client", "decode-1-0", "coordinator-0", "client",

@@ -43,6 +43,7 @@ def test_streamed_answers_equal_local_ones(fleet: Fleet, num_tokens: int) -> Non
     answer = ask(fleet, prompt)
     assert answer.status == 200, answer.json
     assert answer.json["choices"][0]["token_ids"] == expected
+    assert answer.headers["x-baton-transfer"] == "stream"
     fleet.wait_until_idle()
     assert received_bytes(fleet) > before
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.contract.errors import DuplicateRequest, ErrorReport, ServingError
-from baton.contract.lifecycle import Outcome, Way, WorkerRole
+from baton.contract.lifecycle import Outcome, Transfer, Way, WorkerRole
 from baton.contract.messages import (
     PhaseTimes,
     Placement,
@@ -26,6 +26,7 @@ from coordinator.intake import FleetFacts, ResultSink, Submission
 PLACEMENT = Placement(
     prefill_worker="prefill-0", decode_worker="decode-0", first_token_by=WorkerRole.PREFILL,
     first_token_reason="plain sampling", way=Way.DISAGGREGATED, way_reason="two workers",
+    transfer=Transfer.PULL, transfer_reason="no streams",
     predicted_hit_tokens=2, hit_tokens=2,
 )  # fmt: skip
 

@@ -34,6 +34,7 @@ def test_a_whole_answer(at_site):
         assert answer.headers["x-baton-handoff-ms"] == "3.0"
         assert answer.headers["x-baton-attempts"] == "1"
         assert answer.headers["x-baton-way"] == "disaggregated; two workers"
+        assert answer.headers["x-baton-transfer"] == "pull; no streams"
         assert answer.headers["x-baton-hit-tokens-predicted"] == "2"
         assert answer.headers["x-baton-hit-tokens"] == "2"
         assert answer.headers["x-baton-kv-bytes"] == "1024"
@@ -56,7 +57,7 @@ def test_a_stream_begins_with_its_first_token_and_ends_with_usage_and_done(at_si
         assert usage["usage"]["completion_tokens"] == 2
         assert usage["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
         assert usage["baton"] == {
-            "prefill_worker": "prefill-0", "decode_worker": "decode-0", "way": "disaggregated; two workers",
+            "prefill_worker": "prefill-0", "decode_worker": "decode-0", "way": "disaggregated; two workers", "transfer": "pull; no streams",
             "first_token": "prefill; plain sampling", "hit_tokens_predicted": 2, "hit_tokens": 2,
             "queue_ms": 1.0, "prefill_ms": 2.0, "handoff_ms": 3.0, "decode_ms": 4.0,
             "attempts": 1, "resumes": 0, "kv_bytes": 1024,
