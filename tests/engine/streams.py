@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from baton.contract.messages import KvSource
 from baton.contract.sampling import SamplingSpec
@@ -14,6 +20,8 @@ from baton.engine.vllm.settings import VllmEngineSettings, transfer_arguments
 from tests.engine.pair import EnginePair, LegResult, begin_prefill
 
 GREEDY = SamplingSpec(max_tokens=12, temperature=0.0, ignore_eos=True)
+CHUNK = 128
+"""Prompt tokens in a step of a `faulty_streaming_pair`."""
 
 
 def faulty_transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
@@ -22,6 +30,21 @@ def faulty_transfer_arguments(settings: VllmEngineSettings) -> dict[str, Any]:
         "kv_connector": "FaultyStreamingConnector",
         "kv_connector_module_path": "tests.engine.faulty_connector",
     }
+
+
+@contextmanager
+def faulty_streaming_pair(demo_model: Path, **settings: Any) -> Iterator[EnginePair]:
+    """Both engines load a connector that can be told to misbehave."""
+    importlib.import_module("baton.engine.vllm.engine")
+    pair = EnginePair(demo_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("baton.engine.vllm.engine.transfer_arguments", faulty_transfer_arguments)
+        pair.run(
+            pair.start(transfer="stream", max_num_batched_tokens=CHUNK, kv_cache_bytes=64 << 20, **settings),
+            timeout_s=240.0,
+        )
+    yield pair
+    pair.close()
 
 
 def random_prompt(num_tokens: int, seed: int = 0) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,27 +13,16 @@ import pytest
 from baton.contract.sampling import SamplingSpec
 from baton.engine.base import FinishedPrefill
 from tests.engine.pair import EnginePair, LegResult, begin_prefill
-from tests.engine.streams import GREEDY, faulty_transfer_arguments, random_prompt, stream_source, streamed
+from tests.engine.streams import CHUNK, GREEDY, faulty_streaming_pair, random_prompt, stream_source, streamed
 
-BLOCK, CHUNK = 32, 128
+BLOCK = 32
 LEASE_S = 3
 
 
 @pytest.fixture(scope="module")
 def vllm_pair(demo_model: Path) -> Iterator[EnginePair]:
-    """Both engines load a connector that can be told to misbehave."""
-    importlib.import_module("baton.engine.vllm.engine")
-    pair = EnginePair(demo_model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("baton.engine.vllm.engine.transfer_arguments", faulty_transfer_arguments)
-        pair.run(
-            pair.start(
-                transfer="stream", max_num_batched_tokens=CHUNK, kv_lease_s=LEASE_S, kv_cache_bytes=64 << 20
-            ),
-            timeout_s=240.0,
-        )
-    yield pair
-    pair.close()
+    with faulty_streaming_pair(demo_model, kv_lease_s=LEASE_S) as pair:
+        yield pair
 
 
 def expected_tokens(pair: EnginePair, prompt: list[int]) -> list[int]:

@@ -17,25 +17,22 @@ from baton.contract.lifecycle import WorkerRole
 from baton.engine.base import EngineDescription, FinishedPrefill
 from baton.engine.vllm.settings import VllmEngineSettings
 from tests.engine.pair import EnginePair, LegResult, Recorder, begin_prefill
-from tests.engine.streams import GREEDY, faulty_transfer_arguments, random_prompt, stream_source
-from tests.engine.test_vllm_stream import CHUNK
+from tests.engine.streams import (
+    CHUNK,
+    GREEDY,
+    faulty_streaming_pair,
+    faulty_transfer_arguments,
+    random_prompt,
+    stream_source,
+)
 
 LEASE_S = 3
 
 
 @pytest.fixture
 def vllm_pair(demo_model: Path) -> Iterator[EnginePair]:
-    pair = EnginePair(demo_model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("baton.engine.vllm.engine.transfer_arguments", faulty_transfer_arguments)
-        pair.run(
-            pair.start(
-                transfer="stream", max_num_batched_tokens=CHUNK, kv_lease_s=LEASE_S, kv_cache_bytes=64 << 20
-            ),
-            timeout_s=240.0,
-        )
-    yield pair
-    pair.close()
+    with faulty_streaming_pair(demo_model, kv_lease_s=LEASE_S) as pair:
+        yield pair
 
 
 def kill_engine(engine: Any) -> None:

@@ -7,7 +7,6 @@ nothing stays held.
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import pytest
 
 from tests.engine.handoffs import Way, all_handed_off, answers_alone, handed_off
 from tests.engine.pair import EnginePair
-from tests.engine.streams import GREEDY, faulty_transfer_arguments, random_prompt, streamed
+from tests.engine.streams import CHUNK, GREEDY, faulty_streaming_pair, random_prompt, streamed
 
-BLOCK, CHUNK = 32, 128
+BLOCK = 32
 LEASE_S = 4
 PULL_TIMEOUT_S = 1.0
 
@@ -26,23 +25,10 @@ WAYS = pytest.mark.parametrize("way", ["pull", "stream"])
 
 @pytest.fixture(scope="module")
 def vllm_pair(demo_model: Path) -> Iterator[EnginePair]:
-    importlib.import_module("baton.engine.vllm.engine")
-    pair = EnginePair(demo_model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("baton.engine.vllm.engine.transfer_arguments", faulty_transfer_arguments)
-        pair.run(
-            pair.start(
-                transfer="stream",
-                is_kv_digest_enabled=True,
-                max_num_batched_tokens=CHUNK,
-                kv_lease_s=LEASE_S,
-                kv_pull_timeout_s=PULL_TIMEOUT_S,
-                kv_cache_bytes=64 << 20,
-            ),
-            timeout_s=240.0,
-        )
-    yield pair
-    pair.close()
+    with faulty_streaming_pair(
+        demo_model, is_kv_digest_enabled=True, kv_lease_s=LEASE_S, kv_pull_timeout_s=PULL_TIMEOUT_S
+    ) as pair:
+        yield pair
 
 
 def num_mismatches(pair: EnginePair) -> int:

@@ -57,10 +57,10 @@ def test_a_stream_begins_with_its_first_token_and_ends_with_usage_and_done(at_si
         assert usage["usage"]["completion_tokens"] == 2
         assert usage["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
         assert usage["baton"] == {
-            "prefill_worker": "prefill-0", "decode_worker": "decode-0", "way": "disaggregated; two workers", "transfer": "pull; no streams",
-            "first_token": "prefill; plain sampling", "hit_tokens_predicted": 2, "hit_tokens": 2,
-            "queue_ms": 1.0, "prefill_ms": 2.0, "handoff_ms": 3.0, "decode_ms": 4.0,
-            "attempts": 1, "resumes": 0, "kv_bytes": 1024,
+            "prefill_worker": "prefill-0", "decode_worker": "decode-0", "way": "disaggregated; two workers",
+            "transfer": "pull; no streams", "first_token": "prefill; plain sampling",
+            "hit_tokens_predicted": 2, "hit_tokens": 2, "queue_ms": 1.0, "prefill_ms": 2.0,
+            "handoff_ms": 3.0, "decode_ms": 4.0, "attempts": 1, "resumes": 0, "kv_bytes": 1024,
         }  # fmt: skip
         assert {event["object"] for event in (first, last, usage)} == {"text_completion"}
         assert done == "[DONE]"
