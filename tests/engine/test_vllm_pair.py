@@ -450,3 +450,20 @@ def test_prefill_engine_that_does_not_answer(vllm_pair: EnginePair) -> None:
     assert time.monotonic() - started_s < LEASE_S
     vllm_pair.run(free_hold(vllm_pair, "nobody"))
     vllm_pair.run(vllm_pair.wait_until_free())
+
+
+def test_a_request_on_which_vllm_breaks_leaves_nothing_behind(
+    vllm_pair: EnginePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an exception that nobody foresaw; the worker that called tells. The same id may come again."""
+
+    processor = vllm_pair.prefill._llm.input_processor
+    with monkeypatch.context() as patch:
+        patch.setattr(processor, "process_inputs", lambda *_, **__: dict[str, None]()["unforeseen"])
+        with pytest.raises(KeyError):
+            vllm_pair.run(vllm_pair.run_prefill(random_prompt(40), GREEDY, handoff_id="breaks"))
+    assert vllm_pair.prefill._legs == {}
+    finished = vllm_pair.run(
+        vllm_pair.run_prefill(random_prompt(40), GREEDY, handoff_id="breaks", keep_kv=False)
+    )
+    assert isinstance(finished, FinishedPrefill)

@@ -300,6 +300,9 @@ class VllmEngine:
             self._call_soon(self._fail, leg, error)
         except ImportError as error:  # of a package that only some sampling options need
             self._call_soon(self._fail, leg, UnsupportedFeature(f"this installation lacks {error.name}"))
+        except Exception:  # not foreseen; the caller tells
+            del self._legs[handoff_id]
+            raise
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens == 0:
