@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 import urllib.request
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any
@@ -66,16 +67,21 @@ class LiveFleet(AbstractContextManager["LiveFleet"]):
         self._num_expected += num_workers
         return server
 
-    def wait_until_ready(self) -> None:
-        """Until all workers that were started get requests: known, and through their join tests."""
+    def wait_until_registered(self) -> None:
+        """Until the coordinator knows all workers that were started."""
+        self._wait("registered workers", lambda _: True)
 
+    def wait_until_ready(self) -> None:
+        """Until all of them get requests, too: their join tests need workers of both roles."""
+        self._wait("workers that get requests", lambda worker: not worker["is_on_trial"])
+
+    def _wait(self, what: str, counts: Callable[[dict[str, Any]], bool]) -> None:
         def look() -> bool:
             for server in self.workers.values():
                 server.check_alive()
-            return sum(not worker["is_on_trial"] for worker in self.registered()) == self._num_expected
+            return sum(map(counts, self.registered())) == self._num_expected
 
-        what = f"{self._num_expected} workers that get requests"
-        self.coordinator.wait_until(look, START_TIMEOUT_S, what)
+        self.coordinator.wait_until(look, START_TIMEOUT_S, f"{self._num_expected} {what}")
 
     def registered(self) -> list[dict[str, Any]]:
         """What the coordinator knows of its workers; none while it does not answer."""

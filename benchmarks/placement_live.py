@@ -93,7 +93,8 @@ def running(file: FleetFile, name: str) -> Iterator[str]:
             config.write_text(yaml.safe_dump(file.settings.get(role, {})), encoding="utf-8")
             for number in range(file.num_workers(role)):
                 live.start_worker(role, f"{role}-{number}", "--config", config)
-                live.wait_until_ready()
+                live.wait_until_registered()
+        live.wait_until_ready()
         yield live.address
 
 

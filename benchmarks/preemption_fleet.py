@@ -93,7 +93,7 @@ def measure(report: Report, policy: str, plan: Plan = FULL) -> None:
             fleet.start_coordinator()
             fleet.start_worker("prefill", "prefill-1", "--model", model, *ENGINE)
             # One after the other: together they would share the cores and take longer.
-            fleet.wait_until_ready()
+            fleet.wait_until_registered()
             fleet.start_worker(
                 "decode", "decode-1", "--model", model, *ENGINE,
                 "--max-batch-size", NUM_PLACES, "--scheduler", scheduler,

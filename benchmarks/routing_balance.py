@@ -114,7 +114,8 @@ def _stuck(report: Report, repeats: int) -> None:
     shares = []
     for repeat in range(repeats):
         with LiveFleet("balance-stuck") as fleet:
-            fleet.start_coordinator("--prefill-timeout-s", 8)
+            # The stuck one would not pass its join test: it is to be one that broke later.
+            fleet.start_coordinator("--prefill-timeout-s", 8, "--no-join-test")
             fleet.start_worker("prefill", "p", *ENGINE, *SLOW, num_workers=7)
             fleet.start_worker("prefill", "stuck", *ENGINE, *SLOW, "--simulated-fault", "prefill:stall")
             fleet.start_worker("decode", "d", *ENGINE, *FAST, num_workers=4)
