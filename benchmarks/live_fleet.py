@@ -54,10 +54,15 @@ class LiveFleet(AbstractContextManager["LiveFleet"]):
             self._coordinator.stop()
             self._coordinator = None
 
-    def start_worker(self, role: str, name: str, *flags: object, num_workers: int = 1) -> Server:
-        module = "baton.worker.both" if role == "both" else f"{role}_worker"
+    def start_worker(
+        self, role: str, name: str, *flags: object, num_workers: int = 1, is_slow: bool = False
+    ) -> Server:
+        """`is_slow`: see `benchmarks.slow_worker`."""
+        program = ["baton.worker.both" if role == "both" else f"{role}_worker"]
+        if is_slow:
+            program = ["benchmarks.slow_worker", role]
         argv: list[object] = [
-            sys.executable, "-m", module, "--coordinator", f"127.0.0.1:{self._fleet}",
+            sys.executable, "-m", *program, "--coordinator", f"127.0.0.1:{self._fleet}",
             "--worker-id", name, "--log-level", "warning", *flags,
         ]  # fmt: skip
         if num_workers > 1:

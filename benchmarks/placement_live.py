@@ -3,9 +3,10 @@
     python -m benchmarks.placement_live [--quick] [--engines simulated|vllm|both] [--profile FILE] [--json F]
 
 Simulated engines take exactly the step times they are told, so their rows test the simulator's queues,
-batches and hand-offs. Real engines are profiled first (`baton profile`), and their rows test everything, the
-machine included: a fleet that needs more cores than there are is slower than its profile. Each fleet gets
-six rates around the knee that the simulator predicts; the same requests at the same times on both sides.
+batches and hand-offs. Real engines are profiled first (`baton profile`), and their rows test everything.
+They compute on a third of a core each (`benchmarks.slow_worker`), so that two cores hold all of them. Each
+fleet gets six rates around the knee that the simulator predicts; the same requests at the same times on both
+sides.
 Attainment must agree within 5 points away from the knee. Exit status as of scripts/bench.sh.
 """
 
@@ -81,7 +82,7 @@ def fleet_file(num_prefill: int, num_decode: int, settings: dict[str, object]) -
 
 
 @contextmanager
-def running(file: FleetFile, name: str) -> Iterator[str]:
+def running(file: FleetFile, name: str, *, is_slow: bool) -> Iterator[str]:
     """host:port of the ZeroMQ door of a fleet as the file says. Engines start one after the other: together
     they would share the cores and take longer."""
     folder = SCRATCH / "live"
@@ -92,7 +93,7 @@ def running(file: FleetFile, name: str) -> Iterator[str]:
             config = folder / f"{name}-{role}.yaml"
             config.write_text(yaml.safe_dump(file.settings.get(role, {})), encoding="utf-8")
             for number in range(file.num_workers(role)):
-                live.start_worker(role, f"{role}-{number}", "--config", config)
+                live.start_worker(role, f"{role}-{number}", "--config", config, is_slow=is_slow)
                 live.wait_until_registered()
         live.wait_until_ready()
         yield live.address
@@ -104,8 +105,8 @@ def measured_profile(path: Path) -> Profile:
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in real_settings().items()]
     argv = [
-        sys.executable, "-m", "baton.cli", "profile", *flags, "--budget-s", str(PROFILE_BUDGET_S),
-        "--out", str(path),
+        sys.executable, "-m", "benchmarks.slow_worker", "profile", *flags,
+        "--budget-s", str(PROFILE_BUDGET_S), "--out", str(path),
     ]  # fmt: skip
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
@@ -136,7 +137,7 @@ def run(
     requests = drawn.first(num_requests)
     longest = max(knee_requests.max_prompt_tokens, requests.max_prompt_tokens)
     predicted = predicted_fleet(file, profile, longest_prompt=longest)
-    with running(file, name) as address:
+    with running(file, name, is_slow=profile is not None) as address:
         found = validate(
             address, predicted, requests, knee_requests, slo, rates_per_s=rates,
             say=lambda text: print(f"== {name}: {text}", file=sys.stderr, flush=True),

@@ -79,17 +79,20 @@ async def play(address: str, requests: Requests, rate_per_s: float) -> Observed:
     )
 
 
-async def solo_ttft_s(address: str, num_prompt_tokens: int, *, repeats: int = 5) -> list[float]:
-    """Times to first token of requests that are alone in the fleet, after one that nobody counts."""
+async def solo_times_s(
+    address: str, num_prompt_tokens: int, *, repeats: int = 5
+) -> list[tuple[float, float]]:
+    """(to the first token, from there to the second) of requests that are alone in the fleet, after one that
+    nobody counts."""
     draw = random.Random()
     found = []
     async with AsyncBatonClient(address, timeout_s=SILENCE_S) as client:
         for number in range(repeats + 1):
             prompt = draw.choices(range(FIRST_TOKEN_ID, LAST_TOKEN_ID + 1), k=num_prompt_tokens)
-            started_s, first_s = time.perf_counter(), None
+            started_s, heard_s = time.perf_counter(), []
             async for delta in client.submit(prompt, max_tokens=2, temperature=0.0, ignore_eos=True):
-                if delta.token_ids and first_s is None:
-                    first_s = time.perf_counter() - started_s
-            if number and first_s is not None:
-                found.append(first_s)
+                if delta.token_ids:
+                    heard_s.append(time.perf_counter())
+            if number and heard_s:
+                found.append((heard_s[0] - started_s, heard_s[-1] - heard_s[0]))
     return found

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from baton.step_time import prefill_pairs
 from placement.kernels.steps import prefill_step_s
-from placement.live import Observed, play, solo_ttft_s
+from placement.live import Observed, play, solo_times_s
 from placement.requests import Requests
 from placement.simulator import Fleet, SplitFleet, Timings, simulate
 from placement.slo import Attainment, Slo, attained
@@ -57,6 +57,9 @@ class Validation:
     overhead_s: float
     """Of a request alone in the fleet beside its prefill step: the doors, the coordinator, the client. Added
     to every predicted TTFT."""
+    handoff_s: float
+    """Of a request alone between its first two tokens, beside the transfer and the decode step: notices and
+    handshakes. Added to every predicted transfer."""
     first_failure: str | None
 
 
@@ -99,10 +102,22 @@ def is_at_knee(fleet: Fleet, requests: Requests, slo: Slo, rate_per_s: float, ov
     return max(around) - min(around) > KNEE_STEEPNESS
 
 
-def measure_overhead_s(address: str, fleet: Fleet, num_prompt_tokens: int) -> float:
-    found = asyncio.run(solo_ttft_s(address, num_prompt_tokens))
+def measure_overheads_s(address: str, fleet: Fleet, num_prompt_tokens: int) -> tuple[float, float]:
+    """`overhead_s` and `handoff_s` of a Validation."""
+    found = asyncio.run(solo_times_s(address, num_prompt_tokens))
     # The quickest: what else runs on the machine only ever adds time.
-    return max(0.0, min(found) - _prefill_s(fleet, num_prompt_tokens))
+    to_first_s, to_second_s = (min(times) for times in zip(*found, strict=True))
+    handoff_s = 0.0
+    if isinstance(fleet, SplitFleet):
+        handoff_s = to_second_s - _handoff_s(fleet, num_prompt_tokens)
+    return max(0.0, to_first_s - _prefill_s(fleet, num_prompt_tokens)), max(0.0, handoff_s)
+
+
+def with_slower_links(fleet: Fleet, more_s: float) -> Fleet:
+    """Each transfer takes so much longer; colocated workers have none."""
+    if not isinstance(fleet, SplitFleet):
+        return fleet
+    return replace(fleet, links=replace(fleet.links, base_s=fleet.links.base_s + more_s))
 
 
 def validate(
@@ -117,8 +132,12 @@ def validate(
 ) -> Validation:
     """`knee_requests`: a longer set of the same workload, for rates and knees. Raises ServingError when the
     fleet cannot be reached, ValueError when no rate keeps the SLO and none is given."""
-    overhead_s = measure_overhead_s(address, fleet, int(np.median(requests.num_prompt_tokens)))
-    say(f"a request alone takes {overhead_s * 1e3:.1f} ms beside its prefill step")
+    overhead_s, handoff_s = measure_overheads_s(address, fleet, int(np.median(requests.num_prompt_tokens)))
+    say(
+        f"a request alone takes {overhead_s * 1e3:.1f} ms beside its prefill step, and "
+        f"{handoff_s * 1e3:.1f} ms beside the transfer and its first decode step"
+    )
+    fleet = with_slower_links(fleet, handoff_s)
     if rates_per_s is None:
         knee = highest_rate(fleet, knee_requests, slo, overhead_s)
         if not knee:
@@ -133,7 +152,7 @@ def validate(
         first_failure = first_failure or observed.first_failure
         rows.append(_row(rate, requests, slo, predicted, observed, at_knee))
         say(f"{rate:g}/s: predicted {rows[-1].predicted.both:.1%}, observed {rows[-1].observed.both:.1%}")
-    return Validation(rows, overhead_s, first_failure)
+    return Validation(rows, overhead_s, handoff_s, first_failure)
 
 
 def table(found: Validation, slo: Slo) -> str:
@@ -152,7 +171,8 @@ def table(found: Validation, slo: Slo) -> str:
         share = f"{row.predicted.both:>9.1%}  {row.observed.both:>8.1%}  {row.difference * 100:>+6.1f}"
         lines.append(f"{row.rate_per_s:>8.3g}  {share}   {ttft}   {tpot}  {verdict}".rstrip())
     lines.append(
-        f"{found.overhead_s * 1e3:.1f} ms of a request alone beside its prefill step are in each TTFT"
+        f"{found.overhead_s * 1e3:.1f} ms of a request alone beside its prefill step are in each TTFT, "
+        f"{found.handoff_s * 1e3:.1f} ms beside its transfer in each hand-off"
     )
     if found.first_failure is not None:
         lines.append(f"first failure: {found.first_failure}")
@@ -162,6 +182,7 @@ def table(found: Validation, slo: Slo) -> str:
 def as_json(found: Validation) -> dict[str, Any]:
     return {
         "overhead_s": found.overhead_s,
+        "handoff_s": found.handoff_s,
         "first_failure": found.first_failure,
         "rows": [
             {
@@ -212,3 +233,9 @@ def _pair(values: tuple[float, float]) -> str:
 def _prefill_s(fleet: Fleet, num_prompt_tokens: int) -> float:
     steps = fleet.prefill if isinstance(fleet, SplitFleet) else fleet.table
     return float(prefill_step_s(steps.prefill, float(num_prompt_tokens), prefill_pairs(num_prompt_tokens)))
+
+
+def _handoff_s(fleet: SplitFleet, num_prompt_tokens: int) -> float:
+    """From the first token to the second of a request alone: transfer, and a step of one sequence."""
+    transfer_s = float(fleet.links.base_s[0] + fleet.links.token_s[0] * num_prompt_tokens)
+    return transfer_s + float(fleet.decode.alpha[1] + fleet.decode.beta[1] * num_prompt_tokens)

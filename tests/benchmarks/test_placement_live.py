@@ -1,3 +1,7 @@
+import time
+
+import pytest
+
 from benchmarks.placement_live import REAL_WORKLOAD, SIMULATED, figures_of, fleet_file
 from placement.running import predicted_fleet
 from placement.simulator import SplitFleet
@@ -28,7 +32,7 @@ def test_the_bar_looks_at_the_worst_rate_away_from_the_knee():
         row(0.9, 0.5, is_at_knee=True),
         row(0.1, 0.18, is_at_knee=False),
     ]
-    away, at_knee = figures_of("1P1D", Validation(rows, 0.0, None))
+    away, at_knee = figures_of("1P1D", Validation(rows, 0.0, 0.0, None))
     assert round(away.spread.median, 6) == 0.08
     assert away.holds is False
     assert (at_knee.spread.median, at_knee.holds) == (0.4, None)
@@ -39,3 +43,19 @@ def test_its_simulated_fleets_can_be_predicted_and_its_workloads_read():
     assert isinstance(fleet, SplitFleet)
     assert (fleet.num_prefill, fleet.num_decode) == (2, 1)
     assert load_workload(REAL_WORKLOAD).num_prompt_tokens.max() <= 1_000
+
+
+def test_a_slow_engine_takes_three_times_its_own_time(monkeypatch: pytest.MonkeyPatch):
+    slow_worker = pytest.importorskip("benchmarks.slow_worker")
+
+    def computes(_worker: object, started_s: float) -> float:
+        while time.thread_time() - started_s < 0.02:
+            pass
+        return time.thread_time() - started_s
+
+    monkeypatch.setattr(slow_worker.BatonCPUWorker, "execute_model", computes)
+    started_s = time.monotonic()
+    computed_s = slow_worker.SlowCPUWorker.execute_model(
+        object.__new__(slow_worker.SlowCPUWorker), time.thread_time()
+    )
+    assert time.monotonic() - started_s >= 0.99 * slow_worker.SLOWDOWN * computed_s

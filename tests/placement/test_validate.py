@@ -14,7 +14,15 @@ from placement.requests import make_requests
 from placement.running import NotPredictable, predicted_fleet
 from placement.simulator import UNLIMITED, ColocatedFleet, SplitFleet, Timings, simulate
 from placement.slo import Slo
-from placement.validate import as_json, highest_rate, is_at_knee, shifted, table, validate
+from placement.validate import (
+    as_json,
+    highest_rate,
+    is_at_knee,
+    shifted,
+    table,
+    validate,
+    with_slower_links,
+)
 
 SIMULATED = {
     "engine": "simulated",
@@ -87,9 +95,10 @@ def test_the_highest_rate_keeps_the_slo_and_five_percent_more_does_not():
     assert highest_rate(fleet, sample, SLO, overhead_s=1.0) == 0.0  # no request alone keeps 0.3 s
 
 
-def live_fleet(monkeypatch: pytest.MonkeyPatch, *, slower: float = 1.0) -> None:
-    """Answers as the simulator says, only `slower`, 5 ms after it in every TTFT."""
-    truth = predicted_fleet(fleet_file(), None, longest_prompt=900)
+def live_fleet(monkeypatch: pytest.MonkeyPatch, *, slower: float = 1.0, handoff_s: float = 0.0) -> None:
+    """Answers as the simulator says, only `slower`, 5 ms after it in every TTFT, and with hand-offs that take
+    `handoff_s` longer."""
+    truth = with_slower_links(predicted_fleet(fleet_file(), None, longest_prompt=900), handoff_s)
 
     async def play(address, sample, rate):
         done = simulate(truth, sample, rate)
@@ -97,14 +106,14 @@ def live_fleet(monkeypatch: pytest.MonkeyPatch, *, slower: float = 1.0) -> None:
         return Observed(timings, 0, None, 0.001)
 
     async def solo(address, num_tokens, **_options):
-        return [0.01 + num_tokens * 1e-4 + 0.005]
+        return [(0.01 + num_tokens * 1e-4 + 0.005, 0.004 + 0.011 + handoff_s)]
 
     monkeypatch.setattr(validate_module, "play", play)
-    monkeypatch.setattr(validate_module, "solo_ttft_s", solo)
+    monkeypatch.setattr(validate_module, "solo_times_s", solo)
 
 
-def run_validation(monkeypatch: pytest.MonkeyPatch, slower: float = 1.0):
-    live_fleet(monkeypatch, slower=slower)
+def run_validation(monkeypatch: pytest.MonkeyPatch, slower: float = 1.0, handoff_s: float = 0.0):
+    live_fleet(monkeypatch, slower=slower, handoff_s=handoff_s)
     fleet = predicted_fleet(fleet_file(), None, longest_prompt=900)
     return validate(
         "nowhere", fleet, requests(300), requests(seed=1), SLO, rates_per_s=None, say=lambda text: None
@@ -118,6 +127,16 @@ def test_a_fleet_that_does_as_simulated_agrees_at_every_rate(monkeypatch: pytest
     assert {row.agrees for row in found.rows} == {True, None}  # away from the knee, and at it
     assert "at the knee" in table(found, SLO)
     assert json.loads(json.dumps(as_json(found)))["rows"][0]["difference"] == 0.0
+
+
+def test_what_a_handoff_alone_takes_beside_its_transfer_is_in_every_prediction(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    found = run_validation(monkeypatch, handoff_s=0.03)
+    assert found.handoff_s == pytest.approx(0.03, abs=1e-6)
+    assert [row.difference for row in found.rows] == [0.0] * 6
+    assert found.rows[0].predicted_tpot_s == pytest.approx(found.rows[0].observed_tpot_s)
+    assert "30.0 ms beside its transfer in each hand-off" in table(found, SLO)
 
 
 def test_a_slower_fleet_is_seen_to_disagree(monkeypatch: pytest.MonkeyPatch):
