@@ -4,7 +4,7 @@
 
 Simulated engines take exactly the step times they are told, so their rows test the simulator's queues,
 batches and hand-offs. Real engines are profiled first (`baton profile`), and their rows test everything.
-They compute on a third of a core each (`benchmarks.slow_worker`), so that two cores hold all of them. Each
+They compute on a sixth of a core each (`benchmarks.slow_worker`), so that two cores hold them all. Each
 fleet gets six rates around the knee that the simulator predicts; the same requests at the same times on both
 sides.
 Attainment must agree within 5 points away from the knee. Exit status as of scripts/bench.sh.
@@ -44,8 +44,8 @@ EXIT_NOT_READY, EXIT_BAR_MISSED = 3, 4
 SHAPES = ((1, 1), (2, 1))
 KNEE_REQUESTS = 4_000
 PROFILE_BUDGET_S = 240.0
-"""Its own default. 60 s are one round of slowed engines, and one round overrates them by a tenth."""
-REQUESTS_PER_RATE = 200
+"""Its own default: three rounds of slowed engines, where 60 s do not suffice for one."""
+REQUESTS_PER_RATE, REAL_REQUESTS_PER_RATE = 200, 120
 COORDINATOR = {"prefill_policy": "p-token", "decode_policy": "smallest-batch"}
 """The policies that are simulated."""
 
@@ -199,7 +199,8 @@ def validations(
         for p, d in SHAPES:
             name = f"vllm-cpu-{p}P{d}D"
             file = fleet_file(p, d, real_settings())
-            found[name] = run(name, file, profile, REAL_WORKLOAD, slo_of(profile), num_requests, None)
+            num_real = min(num_requests, REAL_REQUESTS_PER_RATE)
+            found[name] = run(name, file, profile, REAL_WORKLOAD, slo_of(profile), num_real, None)
     return found
 
 

@@ -1,11 +1,11 @@
-"""Real workers whose engine computes on a third of a core: a profile of them, and the fleet.
+"""Real workers whose engine computes on a sixth of a core: a profile of them, and the fleet.
 
     python -m benchmarks.slow_worker prefill|decode|profile FLAGS…
 
 A simulator knows nothing of engines that wait for each other's cores. Three engines, a coordinator and a
 client want five cores; where there are two, the machine's scheduler is what would be compared. So each engine
-sleeps for twice the CPU time that a forward pass took, in `baton profile` as in the fleet: its steps take
-three times as long and leave two thirds of a core to the others. Everything else is as always.
+sleeps for five times the CPU time that a forward pass took, in `baton profile` as in the fleet: its steps
+take six times as long and leave the cores, and what cores share, to the others. Everything else is as always.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from baton.profiling import command
 from decode_worker import __main__ as decode
 from prefill_worker import __main__ as prefill
 
-SLOWDOWN = 3.0
+SLOWDOWN = 6.0
 PROGRAMS = {"prefill": prefill.main, "decode": decode.main, "profile": command.main}
 
 

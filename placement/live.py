@@ -80,7 +80,7 @@ async def play(address: str, requests: Requests, rate_per_s: float) -> Observed:
 
 
 async def solo_times_s(
-    address: str, num_prompt_tokens: int, *, repeats: int = 5
+    address: str, num_prompt_tokens: int, *, repeats: int = 9
 ) -> list[tuple[float, float]]:
     """(to the first token, from there to the second) of requests that are alone in the fleet, after one that
     nobody counts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -105,8 +106,7 @@ def is_at_knee(fleet: Fleet, requests: Requests, slo: Slo, rate_per_s: float, ov
 def measure_overheads_s(address: str, fleet: Fleet, num_prompt_tokens: int) -> tuple[float, float]:
     """`overhead_s` and `handoff_s` of a Validation."""
     found = asyncio.run(solo_times_s(address, num_prompt_tokens))
-    # The quickest: what else runs on the machine only ever adds time.
-    to_first_s, to_second_s = (min(times) for times in zip(*found, strict=True))
+    to_first_s, to_second_s = map(median, zip(*found, strict=True))
     handoff_s = 0.0
     if isinstance(fleet, SplitFleet):
         handoff_s = to_second_s - _handoff_s(fleet, num_prompt_tokens)

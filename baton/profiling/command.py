@@ -10,6 +10,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 import msgspec
 
@@ -139,7 +140,7 @@ def _fitted(
         kv_tokens=capacity.num_blocks * layout.block_size_tokens,
         max_batch_size=capacity.max_batch_size,
         max_step_tokens=max(step.num_prefill_tokens for step in steps),
-        leg_overhead_s=min(measured.overheads_s),
+        leg_overhead_s=median(measured.overheads_s),
         steps=steps,
         transfers=[],
         fits=fitted.fits,

@@ -1,7 +1,7 @@
 """The measuring itself: every point once per round, in an order that changes, until the time is up.
 
-A drift of the machine then falls on all points alike. The quickest of the rounds counts: what else runs on
-a machine only ever adds time.
+A drift of the machine then falls on all points alike. The median of the rounds counts: a fleet has to live
+with the machine's slow moments as well as with its quick ones, and not with a spike.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Measured:
             MeasuredStep(
                 num_prefill_tokens=tokens,
                 num_prefill_pairs=prefill_pairs(tokens),
-                seconds=min(values),
+                seconds=median(values),
                 repeats_s=values,
             )
             for tokens, values in sorted(self.prompts.items())
@@ -49,7 +49,7 @@ class Measured:
                 MeasuredStep(
                     num_decodes=batch,
                     num_context_tokens=round(median(context for _, context in visits)),
-                    seconds=min(values),
+                    seconds=median(values),
                     repeats_s=values,
                 )
             )
@@ -63,7 +63,7 @@ class Measured:
             found.append(
                 MeasuredTransfer(
                     kv_bytes=round(tokens * kv_bytes_per_token),
-                    seconds=min(without_step),
+                    seconds=median(without_step),
                     repeats_s=without_step,
                 )
             )

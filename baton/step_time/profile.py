@@ -39,7 +39,7 @@ class MeasuredStep(Part, frozen=True, kw_only=True):
     num_decodes: int = 0
     num_context_tokens: int = 0
     seconds: float
-    """The quickest of the repeats: what else runs on a machine only ever adds time."""
+    """The median of the repeats."""
     repeats_s: list[float]
 
     @property
