@@ -181,16 +181,17 @@ def validations(
     has_simulated: bool = True,
     has_real: bool = True,
     profile_path: Path | None = None,
-    num_requests: int = REQUESTS_PER_RATE,
+    num_requests: int | None = None,
 ) -> dict[str, Validation]:
-    """By name of the fleet. Raises NotReady, ServingError or ValueError."""
+    """By name of the fleet. `num_requests`: at each rate; None: fewer to real engines, which are slow. Raises
+    NotReady, ServingError or ValueError."""
     found: dict[str, Validation] = {}
-    num_requests = 40 if is_quick else num_requests
+    num_simulated = 40 if is_quick else num_requests or REQUESTS_PER_RATE
     shapes = SHAPES[:1] if is_quick else SHAPES
     for p, d in shapes if has_simulated else ():
         name = f"simulated-{p}P{d}D"
         found[name] = run(
-            name, fleet_file(p, d, SIMULATED), None, SIMULATED_WORKLOAD, SIMULATED_SLO, num_requests,
+            name, fleet_file(p, d, SIMULATED), None, SIMULATED_WORKLOAD, SIMULATED_SLO, num_simulated,
             [4.0, 30.0] if is_quick else None,
         )  # fmt: skip
     if has_real and not is_quick:
@@ -199,7 +200,7 @@ def validations(
         for p, d in SHAPES:
             name = f"vllm-cpu-{p}P{d}D"
             file = fleet_file(p, d, real_settings())
-            num_real = min(num_requests, REAL_REQUESTS_PER_RATE)
+            num_real = num_requests or REAL_REQUESTS_PER_RATE
             found[name] = run(name, file, profile, REAL_WORKLOAD, slo_of(profile), num_real, None)
     return found
 
@@ -209,7 +210,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="simulated 1P1D, two rates: does it run?")
     parser.add_argument("--engines", choices=["simulated", "vllm", "both"], default="both")
     parser.add_argument("--profile", type=Path, help="of the demo model, instead of measuring one")
-    parser.add_argument("--num-requests", type=int, default=REQUESTS_PER_RATE, help="sent at each rate")
+    parser.add_argument(
+        "--num-requests", type=int,
+        help=f"at each rate; {REQUESTS_PER_RATE} to simulated engines, {REAL_REQUESTS_PER_RATE} to real ones",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to a file")
     options = parser.parse_args(argv)
     try:
